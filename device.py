@@ -1,0 +1,164 @@
+"""Which device and precision a run uses, and how its randomness is seeded.
+
+`python device.py` shows what this machine has, what `auto` picks and why, and tries it on one convolution.
+"""
+
+import argparse
+import platform
+import sys
+import time
+from contextlib import AbstractContextManager
+from importlib import metadata
+
+import numpy as np
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DeviceError(ValueError):
+    """A device or precision was asked for that this machine does not have."""
+
+
+def available() -> dict[str, str]:
+    """The devices of this machine, fastest first: `{"cuda:0": "NVIDIA A100, 79.2 GiB", "cpu": "2 threads"}`."""
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB"
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU"
+    found["cpu"] = f"{torch.get_num_threads()} threads"
+    return found
+
+
+def pick(name: str = "auto") -> torch.device:
+    """The device called `name`: `auto` (the fastest here), `cpu`, `cuda`, `cuda:1` or `mps`.
+
+    Raises DeviceError, listing what is there, when this machine has no such device.
+    """
+    found = available()
+    chosen = next(iter(found)) if name == "auto" else "cuda:0" if name == "cuda" else name
+    if chosen not in found:
+        here = ", ".join(f"{device} ({what})" for device, what in found.items())
+        raise DeviceError(f"no device {name!r} here; this machine has: {here}")
+    return torch.device(chosen)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that convolutions and matrix products run in: `auto`, `fp32`, `bf16` or `fp16`.
+
+    `auto` is bf16 on NVIDIA GPUs that compute in it (Ampere, 2020, and later) and fp32 everywhere else: it needs no
+    loss scaling there, and elsewhere it is slow, emulated or unsafe. Raises DeviceError where a precision cannot work.
+    """
+    if name == "auto":
+        ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float32
+    if name not in PRECISIONS:
+        raise DeviceError(f"no precision {name!r}; there are: auto, {', '.join(PRECISIONS)}")
+    # Autocast and GradScaler give wrong gradients on MPS (pytorch PR 184286); fp16 convolutions crawl on CPUs.
+    if (device.type, name) in {("mps", "bf16"), ("mps", "fp16"), ("cpu", "fp16")}:
+        raise DeviceError(f"{name} does not train well on {device.type}; use --precision fp32")
+    return PRECISIONS[name]
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    """The context for a forward pass in `precision`; weights stay float32."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How `(N, C, H, W)` lies in memory: channels_last is faster (1.4 times on CPUs), but wrong on MPS.
+
+    BatchNorm2d and average pooling compute silently wrong gradients there (pytorch issues 175189, 175190).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def tune(device: torch.device) -> None:
+    """Turn on what makes this device fast: cuDNN's search for the best kernel, and TF32 for float32 products."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+
+
+def seed(*numbers: int) -> None:
+    """Seed torch's generators on all devices (initialisation, dropout) with a mix of e.g. `(seed, epoch)`."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def why(device: torch.device, precision: torch.dtype) -> tuple[str, str]:
+    """The reasons for `auto`'s choice of device and precision, in words."""
+    of_device = {
+        "cuda": "an NVIDIA GPU is the fastest device here",
+        "mps": "an Apple GPU is faster than the CPU",
+        "cpu": "no CUDA or MPS device answers",
+    }[device.type]
+    if precision == torch.bfloat16:
+        return of_device, "this GPU computes bf16 natively, with the range of fp32"
+    of_precision = {
+        "cuda": "this GPU is older than Ampere and has no bf16",
+        "mps": "autocast gives wrong gradients on MPS",
+        "cpu": "exact everywhere; bf16 is only faster on some CPUs (try --precision bf16)",
+    }[device.type]
+    return of_device, of_precision
+
+
+def try_out(device: torch.device, precision: torch.dtype) -> float:
+    """One CIFAR-sized convolution, forward and backward, warmed up; returns its milliseconds.
+
+    Raises RuntimeError when the result is not finite.
+    """
+    layout = memory_format(device)
+    images = torch.rand(64, 3, 32, 32, device=device).to(memory_format=layout)
+    convolution = torch.nn.Conv2d(3, 32, 5, padding=2, device=device).to(memory_format=layout)
+    for _ in range(5):
+        start = time.perf_counter()
+        with autocast(device, precision):
+            total = convolution(images).float().sum()
+        total.backward()
+        gradient = convolution.weight.grad.sum().item()  # .item() waits for the device
+    if not np.isfinite(gradient):
+        raise RuntimeError(f"the convolution's gradient on {device} is {gradient}")
+    return 1000 * (time.perf_counter() - start)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="What this machine has, and what a run would use.", allow_abbrev=False)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: auto")
+    parser.error = lambda message: parser.exit(2, f"device.py: {message}\n")
+    args = parser.parse_args(argv)
+    try:
+        device = pick(args.device)
+        precision = pick_precision(args.precision, device)
+    except DeviceError as error:
+        parser.error(str(error))
+
+    rows = [("python", platform.python_version())]
+    for package in ("torch", "torchvision"):
+        try:
+            rows.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    found = available()
+    if not any(name.startswith("cuda") for name in found):
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+        rows.append(("cuda", f"none (this torch was built for {built})"))
+    if "mps" not in found:
+        rows.append(("mps", "none"))
+    rows += found.items()
+    precision_name = next(name for name, dtype in PRECISIONS.items() if dtype == precision)
+    device_reason, precision_reason = why(device, precision)
+    rows.append(("device", f"{args.device} -> {device}" + f": {device_reason}" * (args.device == "auto")))
+    rows.append(
+        ("precision", f"{args.precision} -> {precision_name}" + f": {precision_reason}" * (args.precision == "auto"))
+    )
+    for name, what in rows:
+        print(f"{name:12} {what}")
+    milliseconds = try_out(device, precision)
+    print(f"{'trial':12} 5x5 convolution, forward and backward, 64 pictures: {milliseconds:.1f} ms ... ok")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Ask a trained network about pictures: files, folders or standard input -> classes with their percentages.
+
+`python predict.py dog.png` uses the newest run's best checkpoint; `--evaluate DATA` measures it on a test set.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import datasets
+import model
+from device import DeviceError, memory_format, pick
+
+BATCH = 250
+
+
+def newest_checkpoint(log_dir: Path = Path("logs")) -> Path:
+    """The newest run's best.pt, else the one that comes with the repository; raises CheckpointError."""
+    runs = sorted(log_dir.glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    shipped = sorted(Path(__file__).parent.glob("weights/*.pt"))
+    if not runs and not shipped:
+        raise model.CheckpointError(f"no checkpoint in {log_dir}: run `python train.py` first, or give --checkpoint")
+    return runs[-1] if runs else shipped[0]
+
+
+def classify(network: nn.Module, checkpoint: dict, images: Tensor) -> Tensor:
+    """Class probabilities `(N, classes)` of uint8 images `(N, 3, image_size, image_size)`, on the images' device."""
+    batch = datasets.normalize(images, checkpoint["mean"], checkpoint["std"])
+    logits, _ = model.outputs(network, [(batch, torch.empty(0))])
+    return model.probabilities(logits, checkpoint["config"].get("loss", "cross_entropy"))
+
+
+def find(names: list[str]) -> Iterator[str | Path]:
+    """The pictures to classify, in the order given: folders are searched, `-` is standard input. Raises DataError."""
+    for name in names:
+        if name != "-" and Path(name).is_dir():
+            inside = datasets.list_pictures(Path(name))
+            if not inside:
+                raise datasets.DataError(f"{name}: no pictures in this folder")
+            yield from inside
+        else:
+            yield name
+
+
+def read(name: str | Path, side: int) -> Tensor | None:
+    """A picture as uint8 `(side, side, 3)`; None, with the reason on standard error, for one that can't be read."""
+    try:
+        source = io.BytesIO(sys.stdin.buffer.read()) if name == "-" else name
+        return torch.from_numpy(datasets.read_picture(source, side)[0].copy())
+    except datasets.DataError as error:
+        print(f"predict.py: {name}: {error}", file=sys.stderr)
+        return None
+
+
+def answers(names: Iterable[str | Path], network: nn.Module, checkpoint: dict, device: torch.device) -> Iterator:
+    """Pairs of a picture's name and its class probabilities `(classes,)`, or None if it can't be read."""
+    names = list(names)
+    for start in range(0, len(names), BATCH):
+        batch = names[start : start + BATCH]
+        pictures = [read(name, checkpoint["image_size"]) for name in batch]
+        readable = [picture for picture in pictures if picture is not None]
+        shares = iter(())
+        if readable:
+            images = torch.stack(readable).permute(0, 3, 1, 2).to(device)
+            shares = iter(classify(network, checkpoint, images).cpu())
+        for name, picture in zip(batch, pictures, strict=True):
+            yield name, None if picture is None else next(shares)
+
+
+def report(pairs: Iterator, classes: list[str], top_k: int, form: str) -> int:
+    """Print the `top_k` classes of each picture as text, JSON lines or CSV; returns the exit status."""
+    failed = False
+    top_k = min(top_k, len(classes))
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if form == "csv":
+        table.writerow(
+            ["file"] + [f"{what}_{place + 1}" for place in range(top_k) for what in ("class", "probability")]
+        )
+    for name, shares in pairs:
+        if shares is None:
+            failed = True
+            continue
+        top = [(classes[place], share) for share, place in zip(*map(Tensor.tolist, shares.topk(top_k)), strict=True)]
+        if form == "json":
+            guesses = [{"class": guess, "probability": round(share, 6)} for guess, share in top]
+            print(json.dumps({"file": str(name), "classes": guesses}, ensure_ascii=False))
+        elif form == "csv":
+            table.writerow([name] + [cell for guess, share in top for cell in (guess, f"{share:.6f}")])
+        else:
+            print("  ".join([str(name)] + [f"{guess} {share:.1%}" for guess, share in top]))
+    return int(failed)
+
+
+def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, device: torch.device) -> dict:
+    """Loss, accuracy, accuracy a class and confusion counts (rows: truth) on a test set. Raises DataError."""
+    mean, std, classes = checkpoint["mean"], checkpoint["std"], checkpoint["classes"]
+    [test_set] = datasets.load(data, data_dir, checkpoint["image_size"], 0, device, mean, std, splits=["test"])
+    if strange := [name for name in test_set.classes if name not in classes]:
+        raise datasets.DataError(f"{data}: the checkpoint does not know class {strange[0]!r}; {', '.join(classes)}")
+    renumber = torch.tensor([classes.index(name) for name in test_set.classes], device=device)
+    test_set.labels = renumber[test_set.labels]
+    logits, labels = model.outputs(network, test_set.batches(BATCH))
+    loss, accuracy = model.score(logits, labels, checkpoint["config"].get("loss", "cross_entropy"))
+    pairs = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
+    confusion = pairs.view(len(classes), -1).tolist()
+    by_class = {
+        name: row[place] / sum(row)
+        for place, (name, row) in enumerate(zip(classes, confusion, strict=True))
+        if sum(row)
+    }
+    return {"loss": loss, "accuracy": accuracy, "pictures": len(labels), "classes": by_class, "confusion": confusion}
+
+
+def show(result: dict, classes: list[str]) -> None:
+    """Print an evaluation: the sums, then a line a class with its accuracy and what its pictures were taken for."""
+    print(f"loss {result['loss']:.4f}  accuracy {result['accuracy']:.2%}  {result['pictures']:,} test pictures\n")
+    width, cell = max(map(len, [*classes, "class"])), max(5, len(str(max(map(max, result["confusion"])))) + 1)
+    numbers = "".join(f"{place:>{cell}}" for place in range(len(classes)))
+    print(f"   {'class':{width}}  accuracy  {numbers}   <- taken for")
+    for place, (name, row) in enumerate(zip(classes, result["confusion"], strict=True)):
+        share = f"{result['classes'][name]:.1%}" if name in result["classes"] else "-"
+        print(f"{place:>2} {name:{width}}  {share:>8}  {''.join(f'{count:>{cell}}' for count in row)}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files, folders, or - for standard input")
+    parser.add_argument("--evaluate", metavar="DATA", help="measure on the test set of cifar10, shapes or a folder")
+    parser.add_argument("--data-dir", default="data", help="where downloads live (default: data)")
+    parser.add_argument("--checkpoint", type=Path, help="default: the newest run's best.pt, else the one in weights/")
+    parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes a picture (default: 3)")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--json", dest="form", action="store_const", const="json", help="a JSON object a line")
+    forms.add_argument("--csv", dest="form", action="store_const", const="csv", help="a table with a header")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    parser.error = lambda message: parser.exit(2, f"predict.py: {message}\n")
+    args = parser.parse_args(argv)
+    if bool(args.pictures) == bool(args.evaluate):
+        parser.error("give pictures or --evaluate DATA, one of them (--help tells more)")
+    if args.evaluate and args.form == "csv":
+        parser.error("--csv: an evaluation is printed as text or with --json")
+    if args.top_k < 1:
+        parser.error(f"--top-k {args.top_k}: must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    device = pick(args.device)
+    path = args.checkpoint or newest_checkpoint()
+    network, checkpoint = model.load(path, device)
+    network = network.to(memory_format=memory_format(device))
+    if not args.checkpoint:
+        print(f"checkpoint: {path}", file=sys.stderr)
+    if args.evaluate:
+        result = evaluate(args.evaluate, args.data_dir, network, checkpoint, device)
+        if args.form == "json":
+            print(json.dumps(result))
+        else:
+            show(result, checkpoint["classes"])
+        return 0
+    return report(
+        answers(find(args.pictures), network, checkpoint, device), checkpoint["classes"], args.top_k, args.form
+    )
+
+
+def run_main() -> int:
+    """main() for the command line: a user's mistake ends in one line, not in a traceback."""
+    try:
+        return main()
+    except DeviceError as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        return 2
+    except (model.CheckpointError, datasets.DataError) as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_main())

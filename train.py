@@ -1,0 +1,475 @@
+"""Train a picture classifier: configuration -> device -> data -> network -> epochs -> run folder.
+
+`python train.py --epochs 10` trains CIFAR-quick on CIFAR-10; read `main()` first, it tells the whole story.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import datasets
+import model
+from device import DeviceError, autocast, memory_format, pick, pick_precision, seed, tune
+from model import ACTIVATIONS, LOSSES, NETWORKS
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
+LOG_STEPS = 100  # between two points of the training curves
+EVALUATION_BATCH = 250
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; the message names the file or flag, the key and the value."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+
+def setting(group: str, default: object, help: str, **rules: object) -> Field:
+    """One line of Config: its group in `--help`, its default, what it is, and what its values must be."""
+    return field(default=default, metadata={"group": group, "help": help, **rules})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run: a key of the config files, and a flag of the same name."""
+
+    data: str = setting("data", "cifar10", "cifar10, shapes, or a picture folder <split>/<class>/*")
+    data_dir: str = setting("data", "data", "where downloads live")
+    image_size: int = setting("data", 32, "side of the pictures that the network gets, in pixels", at_least=1)
+    limit: int = setting("data", 0, "take the first N pictures a split, classes balanced: a quick try", at_least=0)
+    val_fraction: float = setting(
+        "data", 0.0, "hold this share of training out, choose the best epoch on it, test once", at_least=0, below=1
+    )
+    mean: tuple = setting("data", (), "of the three channels, pixels in [0, 1]; measured if not given")
+    std: tuple = setting("data", (), "like mean", above=0)
+    shuffle: bool = setting("data", True, "a new order every epoch")
+    flip: bool = setting("data", False, "augmentation: mirror half the training pictures")
+    crop: int = setting("data", 0, "augmentation: shift by up to PIXELS", at_least=0, metavar="PIXELS")
+    cutout: int = setting("data", 0, "augmentation: hide a square of PIXELS", at_least=0, metavar="PIXELS")
+
+    model: str = setting("network", "cifar_quick", "the network", choices=tuple(NETWORKS))
+    batch_norm: bool = setting("network", True, "batch normalisation in every stage")
+    activation: str = setting("network", "relu", "the activation function", choices=tuple(ACTIVATIONS))
+
+    epochs: int = setting("recipe", 10, "passes over the training pictures", at_least=1)
+    batch_size: int = setting("recipe", 64, "pictures a step", at_least=1)
+    lr: float = setting("recipe", 0.01, "learning rate, at its highest", above=0)
+    schedule: str = setting("recipe", "constant", "of the learning rate", choices=("constant", "onecycle", "cosine"))
+    momentum: float = setting("recipe", 0.0, "of SGD", at_least=0, below=1)
+    nesterov: bool = setting("recipe", False, "Nesterov's momentum")
+    weight_decay: float = setting("recipe", 0.0, "of weight matrices; biases and normalisation have none", at_least=0)
+    loss: str = setting("recipe", "cross_entropy", "mse and l1 are against one-hot labels", choices=LOSSES)
+    label_smoothing: float = setting("recipe", 0.0, "share of a label given to all classes", at_least=0, below=1)
+
+    device: str = setting("machine", "auto", "auto, cpu, cuda, cuda:1 or mps")
+    precision: str = setting("machine", "auto", "of the forward pass", choices=("auto", "fp32", "bf16", "fp16"))
+    compile: bool = setting("machine", False, "torch.compile: slow to start, faster on GPUs")
+
+    seed: int = setting("run", 0, "of initialisation, order and augmentation", at_least=0)
+    log_dir: str = setting("run", "logs", "where run folders live")
+    run_name: str = setting("run", "", "the run's folder; date, time and network if not given")
+
+
+def parse(argv: list[str] | None) -> Config:
+    """The config file's settings, overruled by the flags; a wrong one ends the program with one line and status 2."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=DEFAULT_CONFIG, help="TOML file with the defaults of all other flags")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        usage="python train.py [--config FILE] [--KEY VALUE ...]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        parents=[first],
+        allow_abbrev=False,
+    )
+    first.error = parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
+    try:
+        defaults = read_config(Path(first.parse_known_args(argv)[0].config))
+        add_flags(parser, defaults)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in parser._actions for flag in action.option_strings]
+            raise ConfigError(f"unknown flag {unknown[0]}{suggestion(unknown[0].partition('=')[0], flags)}")
+        config = Config(**{key.name: getattr(args, key.name) for key in fields(Config)})
+        for key in fields(Config):
+            if trouble := problem(key, getattr(config, key.name)):
+                raise ConfigError(f"--{key.name.replace('_', '-')}: {trouble}")
+        check_together(config)
+    except ConfigError as error:
+        parser.error(str(error))
+    return config
+
+
+def read_config(path: Path) -> Config:
+    """A TOML file's settings on top of Config's own defaults; raises ConfigError."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    known = {key.name: key for key in fields(Config)}
+    for name, value in content.items():
+        if name not in known:
+            raise ConfigError(f"{path}: unknown key {name!r}{suggestion(name, known)}")
+        content[name] = value = tuple(value) if isinstance(value, list) else value
+        if trouble := problem(known[name], value):
+            raise ConfigError(f"{path}: {name}: {trouble}")
+    return Config(**content)
+
+
+def add_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
+    groups = {}
+    for key in fields(Config):
+        if key.metadata["group"] not in groups:
+            groups[key.metadata["group"]] = parser.add_argument_group(key.metadata["group"])
+        if key.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif key.type is tuple:
+            how = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+        else:
+            how = {"type": key.type, "choices": key.metadata.get("choices"), "metavar": key.metadata.get("metavar")}
+        flag, default = "--" + key.name.replace("_", "-"), getattr(defaults, key.name)
+        groups[key.metadata["group"]].add_argument(flag, default=default, help=key.metadata["help"], **how)
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def problem(key: Field, value: object) -> str | None:
+    """What is wrong with a value of this setting, in words; None when nothing is."""
+    rules, kinds = key.metadata, (int, float) if key.type is float else key.type
+    if not isinstance(value, kinds) or (isinstance(value, bool) and key.type is not bool):
+        return f"{value!r} is not of type {key.type.__name__}"
+    if "choices" in rules and value not in rules["choices"]:
+        return f"{value!r} is not one of {', '.join(rules['choices'])}{suggestion(value, rules['choices'])}"
+    numbers = value if key.type is tuple else (value,) if key.type in (int, float) else ()
+    if key.type is tuple and len(value) not in (0, 3):
+        return f"{list(value)} is not one number for each of the three channels"
+    for number in numbers:
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            return f"{number!r} is not a finite number"
+        if number < rules.get("at_least", -math.inf) or number <= rules.get("above", -math.inf):
+            bound = f"at least {rules['at_least']}" if "at_least" in rules else f"above {rules['above']}"
+            return f"{number} is not {bound}"
+        if number >= rules.get("below", math.inf):
+            return f"{number} is not below {rules['below']}"
+    return None
+
+
+def check_together(config: Config) -> None:
+    """Raises ConfigError for settings that are right alone and wrong together."""
+    if bool(config.mean) != bool(config.std):
+        raise ConfigError("--mean and --std: give both or neither")
+    if config.nesterov and not config.momentum:
+        raise ConfigError("--nesterov needs --momentum above 0")
+    if config.batch_norm and config.batch_size == 1:
+        raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
+    if config.run_name != Path(config.run_name).name or config.run_name == "..":
+        raise ConfigError(f"--run-name {config.run_name}: a folder's name is wanted, without a path")
+    if config.run_name and (Path(config.log_dir) / config.run_name).exists():
+        raise ConfigError(f"--run-name {config.run_name}: {Path(config.log_dir) / config.run_name} exists already")
+
+
+def as_toml(config: Config) -> str:
+    """The config as a file that `--config` reads; without the run's name, so that it can be run again."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    del values["run_name"]
+    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trainer:
+    """What a training step needs: the network, and what changes it."""
+
+    network: nn.Module  # the bare one, which is evaluated and saved
+    forward: Callable[[Tensor], Tensor]  # the same, compiled if the user wants it
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler  # does nothing but in fp16
+    device: torch.device
+    precision: torch.dtype
+
+    def step(self, images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+        """One step of SGD on a batch; returns its mean loss and its logits, without waiting for the device."""
+        with autocast(self.device, self.precision):
+            logits = self.forward(images)
+            loss = model.loss_function(logits, labels, config.loss, config.label_smoothing)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), logits.detach()
+
+    def state_dict(self) -> dict:
+        """What resuming needs beside the weights."""
+        parts = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+
+def learning_rate(config: Config, steps: int, step: int) -> float:
+    """The share of `config.lr` to use at `step` of `steps`.
+
+    `onecycle` climbs for a fifth of the run and falls for the rest, both in a straight line (after Smith 2018,
+    arxiv.org/abs/1803.09820); `cosine` falls along half a wave (Loshchilov and Hutter 2017, arxiv.org/abs/1608.03983).
+    """
+    done = step / steps
+    if config.schedule == "onecycle":
+        return min((step + 1) / (0.2 * steps + 1), (1 - done) / 0.8)
+    if config.schedule == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    return 1.0
+
+
+def make_trainer(
+    network: nn.Module, config: Config, steps: int, device: torch.device, precision: torch.dtype
+) -> Trainer:
+    """The optimizer and its schedule for a run of `steps` steps."""
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cpu", "cuda")  # one pass over all weights
+    optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov, fused=fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, steps, step))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    compiled = torch.compile(network) if config.compile else network
+    return Trainer(network, compiled, optimizer, schedule, scaler, device, precision)
+
+
+def load_data(config: Config, device: torch.device) -> list[datasets.Pictures]:
+    """The training and the test set; with `val_fraction`, training, validation (held out of training) and test."""
+    train_set, test_set = datasets.load(
+        config.data, config.data_dir, config.image_size, config.limit, device, config.mean, config.std
+    )
+    if not config.val_fraction:
+        return [train_set, test_set]
+    return [*train_set.hold_out(config.val_fraction, config.seed), test_set]
+
+
+def network_options(config: Config, train_set: datasets.Pictures) -> dict:
+    """What the network's constructor gets; stored in the checkpoint, from which it is built again."""
+    options = {"classes": len(train_set.classes), "image_size": config.image_size}
+    return options | {"batch_norm": config.batch_norm, "activation": config.activation}
+
+
+def training_batches(train_set: datasets.Pictures, config: Config, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    augment = datasets.Augment(config.flip, config.crop, config.cutout)
+    return train_set.batches(config.batch_size, config.shuffle, augment, config.seed, epoch)
+
+
+def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, epoch: int, writer) -> dict:
+    """One pass over the training pictures; returns its metrics. Raises TrainingError when the loss is not finite."""
+    from tqdm import tqdm
+
+    seed(config.seed, epoch)
+    trainer.network.train()
+    steps = train_set.steps(config.batch_size)
+    batches = training_batches(train_set, config, epoch)
+    bar = tqdm(batches, f"epoch {epoch}", steps, leave=False, disable=not sys.stderr.isatty())
+    loss_sum, correct = torch.zeros(2, device=trainer.device).unbind()
+    logged_sum, logged_pictures, pictures = 0.0, 0, 0
+    start = time.perf_counter()
+    for step, (images, labels) in enumerate(bar, 1):
+        lr = trainer.schedule.get_last_lr()[0]
+        loss, logits = trainer.step(images, labels, config)
+        loss_sum += loss * len(labels)
+        correct += (logits.argmax(1) == labels).sum()
+        pictures += len(labels)
+        if step % LOG_STEPS == 0 or step == steps:  # .item() waits for the device, so not at every step
+            total = loss_sum.item()
+            if not math.isfinite(total):
+                raise TrainingError(f"the loss is {total} in epoch {epoch}, step {step}; try a lower --lr")
+            if step < steps:
+                mean = (total - logged_sum) / (pictures - logged_pictures)
+                bar.set_postfix(loss=f"{mean:.3f}")
+                writer.add_scalar("loss/train", mean, (epoch - 1) * steps + step)
+                writer.add_scalar("lr", lr, (epoch - 1) * steps + step)
+            logged_sum, logged_pictures = total, pictures
+    seconds = time.perf_counter() - start
+    return {
+        "epoch": epoch,
+        "step": epoch * steps,
+        "train_loss": total / pictures,
+        "train_accuracy": correct.item() / pictures,
+        "lr": lr,
+        "epoch_seconds": seconds,
+        "images_per_second": pictures / seconds,
+    }
+
+
+def evaluate(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> dict:
+    """Exact mean loss (without label smoothing) and accuracy over all pictures, in eval mode."""
+    with autocast(trainer.device, trainer.precision):
+        logits, labels = model.outputs(trainer.network, pictures.batches(EVALUATION_BATCH))
+    loss, accuracy = model.score(logits, labels, config.loss)
+    return {f"{pictures.split}_loss": loss, f"{pictures.split}_accuracy": accuracy}
+
+
+# ---- the run folder ------------------------------------------------------------------------------------------------
+
+
+def start_run(config: Config) -> Path:
+    """Make the run's folder, never an existing one, and write the config into it. Raises OSError."""
+    name = config.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model}"
+    Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+    for again in range(1, 100):
+        run = Path(config.log_dir) / (name if again == 1 else f"{name}_{again}")
+        try:
+            run.mkdir()
+            break
+        except FileExistsError:  # another run started in the same second
+            if config.run_name:
+                raise
+    (run / "config.toml").write_text(as_toml(config), encoding="utf-8")
+    return run
+
+
+def show_start(writer, network: nn.Module, train_set: datasets.Pictures, split: str, config: Config) -> None:
+    """Samples as the network sees them, its graph, and the config as hparams, in TensorBoard."""
+    from torch.utils.tensorboard.summary import hparams
+
+    images, _ = next(training_batches(train_set, config, epoch=1))
+    samples = datasets.denormalize(images[:32], train_set.mean, train_set.std)
+    writer.add_images("samples", datasets.enlarge(samples), 0)
+    model.write_graph(writer, network, images[:1])
+    values = {name: str(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    # add_hparams would make a run of its own (pytorch issue 32651); the three summaries it is made of do not.
+    for summary in hparams(values, dict.fromkeys((f"accuracy/{split}", f"loss/{split}"), 0.0)):
+        writer.file_writer.add_summary(summary)
+
+
+def log(writer, run: Path, metrics: dict) -> None:
+    """One epoch's metrics into metrics.jsonl and TensorBoard."""
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+    for name, value in metrics.items():
+        split, _, what = name.partition("_")
+        if what in ("loss", "accuracy"):
+            writer.add_scalar(f"{what}/{split}", value, metrics["step"])
+        elif name in ("lr", "images_per_second"):
+            writer.add_scalar(name, value, metrics["step"])
+    writer.flush()  # so that a short or broken run shows all it did
+
+
+def save(run: Path, trainer: Trainer, train_set: datasets.Pictures, config: Config, metrics: dict, best: bool) -> None:
+    """Write the epoch's checkpoint, and best.pt (without what only resuming needs) when it is the best so far."""
+    checkpoint = {
+        "format": model.FORMAT,
+        "model": {"name": config.model, "options": network_options(config, train_set)},
+        "classes": train_set.classes,
+        "image_size": config.image_size,
+        "mean": list(train_set.mean),
+        "std": list(train_set.std),
+        "state_dict": trainer.network.state_dict(),
+        "epoch": metrics["epoch"],
+        "metrics": metrics,
+        "config": asdict(config),
+    }
+    model.save(run / f"epoch_{metrics['epoch']:03}.pt", checkpoint | {"training": trainer.state_dict()})
+    if best:
+        model.save(run / "best.pt", checkpoint)
+
+
+def line(metrics: dict, split: str, config: Config, best: bool) -> str:
+    """An epoch in one line of at most 100 columns."""
+    epoch = f"{metrics['epoch']:>{len(str(config.epochs))}}/{config.epochs}"
+    train = f"train loss {metrics['train_loss']:.3f} acc {metrics['train_accuracy']:.1%}"
+    held_out = f"{split} loss {metrics[f'{split}_loss']:.3f} acc {metrics[f'{split}_accuracy']:.1%}"
+    speed = f"{metrics['epoch_seconds']:.1f} s  {metrics['images_per_second']:,.0f} images/s"
+    return f"epoch {epoch}  {train}  {held_out}  {speed}{'  <- best' if best else ''}"
+
+
+def finish(writer, run: Path, trainer: Trainer, sets: list[datasets.Pictures], best: dict, config: Config) -> None:
+    """Say where the best checkpoint is and how to go on; with held-out pictures, test it now, once."""
+    print(f"best: epoch {best['epoch']}, ", end="")
+    if len(sets) == 1:
+        print(f"test accuracy {best['test_accuracy']:.1%} (chosen on the test pictures)")
+    else:
+        network, checkpoint = model.load(run / "best.pt", trainer.device)
+        test = evaluate(replace(trainer, network=network), sets[1], config)
+        for name, value in test.items():
+            writer.add_scalar(f"{name.partition('_')[2]}/test", value, best["step"])
+        model.save(run / "best.pt", checkpoint | {"metrics": best | test})
+        print(f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {test['test_accuracy']:.1%}")
+    print(f"python predict.py YOUR_PICTURE --checkpoint {quoted(run / 'best.pt')}")
+    print(f"tensorboard --logdir {quoted(config.log_dir)}")
+
+
+def quoted(path: str | Path) -> str:
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
+# ---- the story -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(argv)
+    device = pick(config.device)
+    precision = pick_precision(config.precision, device)
+    tune(device)
+
+    train_set, *eval_sets = load_data(config, device)  # the first of eval_sets chooses the best epoch
+    split = eval_sets[0].split
+    config = replace(config, mean=train_set.mean, std=train_set.std)
+
+    seed(config.seed)
+    network = model.create(config.model, network_options(config, train_set))
+    network = network.to(device, memory_format=memory_format(device))
+    trainer = make_trainer(network, config, config.epochs * train_set.steps(config.batch_size), device, precision)
+    sizes = ", ".join(f"{len(pictures):,} {pictures.split}" for pictures in (train_set, *eval_sets))
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f"{config.data}: {sizes} pictures; {config.model}: {parameters:,} parameters; {device}", file=sys.stderr)
+
+    from torch.utils.tensorboard import SummaryWriter  # takes a while, so not before all is known to be right
+
+    run, best = start_run(config), None
+    with SummaryWriter(run) as writer:
+        show_start(writer, network, train_set, split, config)
+        for epoch in range(1, config.epochs + 1):
+            metrics = train_epoch(trainer, train_set, config, epoch, writer)
+            metrics |= evaluate(trainer, eval_sets[0], config)
+            is_best = best is None or metrics[f"{split}_accuracy"] > best[f"{split}_accuracy"]
+            best = metrics if is_best else best
+            save(run, trainer, train_set, config, metrics, is_best)
+            log(writer, run, metrics)
+            print(line(metrics, split, config, is_best), flush=True)
+        finish(writer, run, trainer, eval_sets, best, config)
+
+
+def run_main() -> int:
+    """main() for the command line: a user's mistake ends in one line, not in a traceback."""
+    try:
+        main()
+    except (ConfigError, DeviceError, datasets.LimitError, datasets.DataError, TrainingError, OSError) as error:
+        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"train.py: {where}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | DeviceError | datasets.LimitError) else 1
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the checkpoints of all finished epochs are in the run folder", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main())

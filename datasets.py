@@ -236,7 +236,7 @@ def load(
 def balanced(labels: Tensor, classes: list[str], limit: int) -> Tensor:
     """The places of the first `limit` pictures with all classes as even as they come, in their order."""
     if limit < len(classes):
-        raise LimitError(f"limit {limit} is below the number of classes, {len(classes)}")
+        raise LimitError(f"--limit {limit} is below the number of classes, {len(classes)}")
     rank = torch.empty_like(labels)  # of a picture within its class
     for label in range(len(classes)):
         of_class = (labels == label).nonzero().squeeze(1)
@@ -484,7 +484,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train_set, test_set = load(args.data, args.data_dir, args.image_size, args.limit)
     except LimitError as error:
-        parser.error(f"--{error}")
+        parser.error(str(error))
     except DataError as error:
         sys.exit(f"datasets.py: {error}")
     print(describe([train_set, test_set]))

@@ -28,6 +28,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the reason."""
 
 
+class NetworkError(ValueError):
+    """A network that cannot be: an unknown name, or options that do not work."""
+
+
 class CifarQuick(nn.Module):
     """The CIFAR-quick layout: three stages of 5x5 convolution and 2x2 max pooling, then two linear layers.
 
@@ -38,7 +42,7 @@ class CifarQuick(nn.Module):
     def __init__(self, classes: int = 10, image_size: int = 32, batch_norm: bool = True, activation: str = "relu"):
         super().__init__()
         if image_size < 8:
-            raise ValueError(f"cifar_quick halves a picture three times: image_size {image_size} is below 8")
+            raise NetworkError(f"cifar_quick halves a picture three times: --image-size {image_size} is below 8")
 
         # Pooling comes first: normalisation and activation then have a quarter of the values to work on.
         def stage(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -73,10 +77,10 @@ NETWORKS = {"cifar_quick": CifarQuick}
 def create(name: str, options: dict) -> nn.Module:
     """A new network of `NETWORKS`; `options` are its constructor's arguments, e.g. `{"classes": 10}`.
 
-    Raises ValueError for a network that is not there or options that it cannot have.
+    Raises NetworkError for a network that is not there or options that do not work.
     """
     if name not in NETWORKS:
-        raise ValueError(f"no network {name!r}; there are: {', '.join(NETWORKS)}")
+        raise NetworkError(f"no network {name!r}; there are: {', '.join(NETWORKS)}")
     return NETWORKS[name](**options)
 
 
@@ -170,7 +174,7 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
             problem = "is damaged or cut short"
         raise CheckpointError(f"{path}: the file {problem}") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise CheckpointError(f"{path}: not a checkpoint of train.py")
+        raise CheckpointError(f"{path}: not a whole checkpoint of train.py")
     if checkpoint["format"] != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']!r}; this version reads {FORMAT}")
     for key, kind in CONTENT.items():
@@ -229,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     options = {key: getattr(args, key) for key in ("classes", "image_size", "batch_norm", "activation")}
     try:
         network = create(args.model, options)
-    except ValueError as error:
+    except NetworkError as error:
         parser.error(str(error))
     print(table(network, args.image_size))
     if args.log_dir:

@@ -172,10 +172,10 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
-def run_main() -> int:
+def cli(argv: list[str] | None = None) -> int:
     """main() for the command line: a user's mistake ends in one line, not in a traceback."""
     try:
-        return main()
+        return main(argv)
     except DeviceError as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
@@ -185,4 +185,4 @@ def run_main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main())
+    sys.exit(cli())

@@ -35,6 +35,9 @@ class TrainingError(RuntimeError):
     """Training cannot go on."""
 
 
+WRONG_CALL = (ConfigError, DeviceError, datasets.LimitError, model.NetworkError)  # exit status 2; all else is 1
+
+
 # ---- configuration -------------------------------------------------------------------------------------------------
 
 
@@ -103,10 +106,8 @@ def parse(argv: list[str] | None) -> Config:
         if unknown:
             flags = [flag for action in parser._actions for flag in action.option_strings]
             raise ConfigError(f"unknown flag {unknown[0]}{suggestion(unknown[0].partition('=')[0], flags)}")
-        config = Config(**{key.name: getattr(args, key.name) for key in fields(Config)})
-        for key in fields(Config):
-            if trouble := problem(key, getattr(config, key.name)):
-                raise ConfigError(f"--{key.name.replace('_', '-')}: {trouble}")
+        values = {key.name: getattr(args, key.name) for key in fields(Config)}
+        config = checked(values, lambda name: f"--{name.replace('_', '-')}")
         check_together(config)
     except ConfigError as error:
         parser.error(str(error))
@@ -121,14 +122,19 @@ def read_config(path: Path) -> Config:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
-    known = {key.name: key for key in fields(Config)}
-    for name, value in content.items():
-        if name not in known:
-            raise ConfigError(f"{path}: unknown key {name!r}{suggestion(name, known)}")
-        content[name] = value = tuple(value) if isinstance(value, list) else value
-        if trouble := problem(known[name], value):
-            raise ConfigError(f"{path}: {name}: {trouble}")
-    return Config(**content)
+    for name in content:
+        if name not in Config.__dataclass_fields__:
+            raise ConfigError(f"{path}: unknown key {name!r}{suggestion(name, Config.__dataclass_fields__)}")
+    return checked(content, lambda name: f"{path}: {name}")
+
+
+def checked(values: dict, called: Callable[[str], str]) -> Config:
+    """A Config of these values; raises ConfigError for an impossible one, by the name that the user `called` it."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for key in fields(Config):
+        if key.name in values and (trouble := problem(key, values[key.name])):
+            raise ConfigError(f"{called(key.name)}: {trouble}")
+    return Config(**values)
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
@@ -457,14 +463,14 @@ def main(argv: list[str] | None = None) -> None:
         finish(writer, run, trainer, eval_sets, best, config)
 
 
-def run_main() -> int:
+def cli(argv: list[str] | None = None) -> int:
     """main() for the command line: a user's mistake ends in one line, not in a traceback."""
     try:
-        main()
-    except (ConfigError, DeviceError, datasets.LimitError, datasets.DataError, TrainingError, OSError) as error:
+        main(argv)
+    except (*WRONG_CALL, datasets.DataError, model.CheckpointError, TrainingError, OSError) as error:
         where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         print(f"train.py: {where}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | DeviceError | datasets.LimitError) else 1
+        return 2 if isinstance(error, WRONG_CALL) else 1
     except KeyboardInterrupt:
         print("train.py: interrupted; the checkpoints of all finished epochs are in the run folder", file=sys.stderr)
         return 130
@@ -472,4 +478,4 @@ def run_main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main())
+    sys.exit(cli())

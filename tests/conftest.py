@@ -1,0 +1,79 @@
+"""What several tests use: small generated pictures, a trained run, and the scripts as a user starts them."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+
+ROOT = Path(__file__).parent.parent
+COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
+
+
+def noisy(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """A picture of one colour with noise on it."""
+    noise = np.random.RandomState(seed).randint(-30, 31, (size[1], size[0], 3))
+    return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def colour_folder(tmp_path_factory) -> Path:
+    """A picture folder: 3 classes of colours, 20 training and 6 test pictures each."""
+    root = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 20), ("test", 6)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                noisy(colour, number).save(root / split / name / f"{number:02}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """The run folder of three epochs on 1,000 shapes."""
+    logs = tmp_path_factory.mktemp("logs")
+    status = train.cli(f"--data shapes --limit 1000 --epochs 3 --log-dir {logs} --run-name shapes --device cpu".split())
+    assert status == 0
+    return logs / "shapes"
+
+
+@pytest.fixture(scope="session")
+def colour_run(tmp_path_factory, colour_folder) -> Path:
+    """The run folder of a network that tells the colours of `colour_folder` apart."""
+    logs = tmp_path_factory.mktemp("logs")
+    flags = f"--epochs 15 --batch-size 20 --log-dir {logs} --run-name colours --device cpu"
+    assert train.cli(["--data", str(colour_folder), *flags.split()]) == 0
+    return logs / "colours"
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Starts one of the scripts as a user would, in an empty folder; returns the finished process."""
+
+    def start(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, **options
+        )
+
+    return start
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Whether two checkpoints hold the same bits."""
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in (first, second)]
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def as_bytes(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()

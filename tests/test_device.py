@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+import device
+
+
+def test_auto_takes_the_first_of_what_is_here():
+    assert str(device.pick("auto")) == next(iter(device.available()))
+    assert "cpu" in device.available()
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "cpu:0x"])
+def test_a_missing_device_is_refused_with_a_list_of_what_is_here(name):
+    with pytest.raises(device.DeviceError, match=r"no device .* this machine has: .*cpu \(\d+ threads\)"):
+        device.pick(name)
+
+
+def test_cuda_means_the_first_gpu(monkeypatch):
+    monkeypatch.setattr(device, "available", lambda: {"cuda:0": "a GPU", "cuda:1": "a GPU", "cpu": "2 threads"})
+    assert device.pick("cuda") == torch.device("cuda:0")
+    assert device.pick("cuda:1") == torch.device("cuda:1")
+    assert device.pick("auto") == torch.device("cuda:0")
+
+
+def test_precision_on_the_cpu():
+    cpu = torch.device("cpu")
+    assert device.pick_precision("auto", cpu) == torch.float32
+    assert device.pick_precision("bf16", cpu) == torch.bfloat16
+    with pytest.raises(device.DeviceError, match="fp16 does not train well on cpu"):
+        device.pick_precision("fp16", cpu)
+    with pytest.raises(device.DeviceError, match="no precision 'fp8'"):
+        device.pick_precision("fp8", cpu)
+
+
+def test_precision_on_a_gpu_depends_on_its_generation(monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert device.pick_precision("auto", gpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert device.pick_precision("auto", gpu) == torch.float32
+    assert device.pick_precision("fp16", gpu) == torch.float16
+
+
+def test_mps_gets_contiguous_float32_alone():
+    mps = torch.device("mps")
+    assert device.memory_format(mps) == torch.contiguous_format
+    assert device.pick_precision("auto", mps) == torch.float32
+    for name in ("bf16", "fp16"):
+        with pytest.raises(device.DeviceError, match="on mps"):
+            device.pick_precision(name, mps)
+
+
+def test_autocast_computes_in_the_precision_asked_for():
+    images, cpu = torch.rand(1, 3, 8, 8), torch.device("cpu")
+    for precision in (torch.float32, torch.bfloat16):
+        with device.autocast(cpu, precision):
+            assert torch.nn.Conv2d(3, 4, 3)(images).dtype == precision
+
+
+def test_seed_repeats_and_tells_epochs_apart():
+    draws = []
+    for numbers in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        device.seed(*numbers)
+        draws.append(torch.rand(3).tolist())
+    assert draws[0] == draws[1]
+    assert len({tuple(draw) for draw in draws}) == 3
+
+
+def test_the_table_ends_in_ok(capsys):
+    device.main(["--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["python", "torch", "torchvision"]
+    assert any(line.startswith("device       cpu -> cpu") for line in lines)
+    assert lines[-1].endswith("ok")
+
+
+def test_the_reasons_for_auto_are_given(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    device.main([])
+    out = capsys.readouterr().out
+    assert "auto -> cpu: no CUDA or MPS device answers" in out
+    assert "auto -> fp32: " in out
+
+
+def test_a_wrong_device_is_a_wrong_call(capsys):
+    with pytest.raises(SystemExit) as stop:
+        device.main(["--device", "cuda:99"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("device.py: no device 'cuda:99' here") and error.count("\n") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cuda_computes(precision):
+    gpu = device.pick("cuda")
+    assert device.try_out(gpu, device.pick_precision(precision, gpu)) > 0

@@ -1,0 +1,249 @@
+import pickle
+import zipfile
+
+import pytest
+import torch
+from conftest import same_weights
+from torch import nn
+
+import model
+from model import CheckpointError
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return model.create("cifar_quick", {"classes": 3})
+
+
+@pytest.fixture
+def checkpoint(network) -> dict:
+    return {
+        "format": 1,
+        "model": {"name": "cifar_quick", "options": {"classes": 3}},
+        "classes": ["a", "b", "c"],
+        "image_size": 32,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.2, 0.2, 0.2],
+        "state_dict": network.state_dict(),
+        "epoch": 1,
+        "metrics": {},
+        "config": {},
+    }
+
+
+# ---- the network ----
+
+
+def test_the_plain_network_is_the_tutorials():
+    plain = model.create("cifar_quick", {"batch_norm": False, "activation": "none"})
+    assert [type(layer) for layer in plain.modules() if not list(layer.children())] == [
+        *[nn.Conv2d, nn.MaxPool2d] * 3,
+        *[nn.Flatten, nn.Linear, nn.Linear],
+    ]
+    assert sum(p.numel() for p in plain.parameters()) == 145_578
+    assert plain(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_normalisation_and_activation_are_there_by_default(network):
+    layers = [type(layer) for layer in network.modules()]
+    assert layers.count(nn.BatchNorm2d) == 3 and layers.count(nn.BatchNorm1d) == 1 and layers.count(nn.ReLU) == 4
+    assert all(layer.bias is None for layer in network.modules() if isinstance(layer, nn.Conv2d))
+
+
+@pytest.mark.parametrize("activation", model.ACTIVATIONS)
+@pytest.mark.parametrize("image_size", [8, 32, 50])
+def test_any_size_from_eight_and_every_activation(image_size, activation):
+    network = model.create("cifar_quick", {"classes": 4, "image_size": image_size, "activation": activation})
+    assert network(torch.rand(2, 3, image_size, image_size)).shape == (2, 4)
+
+
+def test_networks_that_cannot_be():
+    with pytest.raises(model.NetworkError, match="--image-size 7 is below 8"):
+        model.create("cifar_quick", {"image_size": 7})
+    with pytest.raises(model.NetworkError, match="no network 'lenet'; there are: cifar_quick"):
+        model.create("lenet", {})
+
+
+def test_the_table_counts_parameters_and_multiply_adds(capsys):
+    model.main(["--no-batch-norm", "--activation", "none"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["stage1.conv", "32", "x", "32", "x", "32", "2,432", "2,457,600"]
+    assert lines[-1].split() == ["total", "145,578", "12,354,176"]
+    assert len(lines) == 11
+
+
+def test_the_script_writes_the_graph(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model.main(["--log-dir", str(tmp_path)])
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["graph"]
+    assert f"tensorboard --logdir {tmp_path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--image-size 4", "--classes 0", "--model lenet", "--classes x", "--modell x"])
+def test_the_script_names_mistakes_in_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        model.main(flags.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("model.py: ") and error.count("\n") == 1
+
+
+# ---- losses and outputs ----
+
+
+def test_losses_are_means_per_picture():
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
+    one_hot = torch.eye(2)
+    cross_entropy = -(logits.log_softmax(1) * one_hot).sum(1).mean()
+    assert torch.isclose(model.loss_function(logits, labels), cross_entropy)
+    assert torch.isclose(model.loss_function(logits, labels, "mse"), (logits - one_hot).square().mean())
+    assert torch.isclose(model.loss_function(logits, labels, "l1"), (logits - one_hot).abs().mean())
+
+
+@pytest.mark.parametrize("kind", model.LOSSES)
+def test_label_smoothing_shares_a_part_of_the_label(kind):
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    target = nn.functional.one_hot(labels, 4) * 0.8 + 0.05
+    expected = {
+        "cross_entropy": -(logits.log_softmax(1) * target).sum(1).mean(),
+        "mse": (logits - target).square().mean(),
+        "l1": (logits - target).abs().mean(),
+    }[kind]
+    assert torch.isclose(model.loss_function(logits, labels, kind, 0.2), expected)
+
+
+def test_outputs_are_those_of_eval_mode(network):
+    batches = [(torch.rand(4, 3, 32, 32), torch.arange(4) % 3), (torch.rand(1, 3, 32, 32), torch.tensor([2]))]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    logits, labels = model.outputs(network.train(), batches)
+    assert network.training  # as it was before
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    with torch.no_grad():
+        expected = torch.cat([network.eval()(images) for images, _ in batches])
+    assert torch.allclose(logits, expected) and labels.tolist() == [0, 1, 2, 0, 2]
+
+
+@pytest.mark.parametrize("kind", model.LOSSES)
+def test_probabilities_are_shares_of_one(kind):
+    shares = model.probabilities(torch.tensor([[0.9, 0.1, -0.2], [-1.0, -2.0, -3.0]]), kind)
+    assert torch.allclose(shares.sum(1), torch.ones(2)) and (shares >= 0).all() and shares[0].argmax() == 0
+    if kind == "mse":
+        assert torch.allclose(shares[0], torch.tensor([0.9, 0.1, 0.0]), atol=1e-6)
+
+
+# ---- checkpoints ----
+
+
+def test_a_saved_network_answers_the_same(network, checkpoint, tmp_path):
+    images = torch.rand(4, 3, 32, 32)
+    network.train()(images)  # moves the batch statistics, which must be saved too
+    model.save(tmp_path / "a.pt", checkpoint)
+    loaded, content = model.load(tmp_path / "a.pt")
+    assert not loaded.training and content["classes"] == ["a", "b", "c"]
+    with torch.no_grad():
+        assert torch.equal(loaded(images), network.eval()(images))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_saving_replaces_a_file_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    model.save(path, checkpoint)
+    whole = path.read_bytes()
+
+    def disk_full(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save(path, checkpoint)
+    assert path.read_bytes() == whole
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def damage(kind: str, path, checkpoint: dict) -> None:
+    """Make `path` one of the files that must not load."""
+    if kind == "text":
+        path.write_text("format = 1")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(checkpoint))
+    elif kind == "code":
+        torch.save(checkpoint | {"metrics": Evil()}, path)
+    elif kind == "module":
+        torch.save(nn.Linear(2, 2), path)
+    elif kind == "other zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("hello.txt", "hello")
+    elif kind == "truncated":
+        torch.save(checkpoint, path)
+        path.write_bytes(path.read_bytes()[:-5000])
+    elif kind == "tensor":
+        torch.save(torch.rand(3), path)
+    elif kind == "state_dict":
+        torch.save(checkpoint["state_dict"], path)
+    elif kind.startswith("without "):
+        torch.save({key: value for key, value in checkpoint.items() if key != kind.removeprefix("without ")}, path)
+    elif kind == "format 2":
+        torch.save(checkpoint | {"format": 2}, path)
+    elif kind == "wrong type":
+        torch.save(checkpoint | {"classes": "abc"}, path)
+    elif kind == "other network":
+        torch.save(checkpoint | {"model": {"name": "lenet", "options": {}}}, path)
+    elif kind == "other options":
+        torch.save(checkpoint | {"model": {"name": "cifar_quick", "options": {"colour": 1}}}, path)
+    elif kind == "other shapes":
+        torch.save(checkpoint | {"model": {"name": "cifar_quick", "options": {"classes": 4}}}, path)
+    elif kind == "prefixed":
+        prefixed = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
+        torch.save(checkpoint | {"state_dict": prefixed}, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("missing", "no such checkpoint"),
+        ("folder", "no such checkpoint"),
+        ("text", "not a whole checkpoint of train.py"),
+        ("empty", "not a whole checkpoint of train.py"),
+        ("pickle", "not a whole checkpoint of train.py"),
+        ("tensor", "not a whole checkpoint of train.py"),
+        ("state_dict", "not a whole checkpoint of train.py"),
+        ("truncated", "not a whole checkpoint of train.py"),
+        ("other zip", "damaged"),
+        ("code", "could run code; it was not loaded"),
+        ("module", "could run code; it was not loaded"),
+        ("without classes", "'classes' is missing"),
+        ("without state_dict", "'state_dict' is missing"),
+        ("wrong type", "'classes' is missing or not of type list"),
+        ("format 2", "checkpoint format 2; this version reads 1"),
+        ("other network", "no network 'lenet'"),
+        ("other options", "unexpected keyword argument 'colour'"),
+        ("other shapes", "size mismatch for head.weight"),
+        ("prefixed", "Missing key"),
+    ],
+)
+def test_files_that_must_not_load_are_named_with_the_reason(kind, reason, checkpoint, tmp_path, capsys):
+    path = tmp_path / "file.pt"
+    damage(kind, path, checkpoint)
+    with pytest.raises(CheckpointError, match=r"file\.pt: ") as caught:
+        model.load(path)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_same_weights_tells_networks_apart(checkpoint, tmp_path):
+    model.save(tmp_path / "a.pt", checkpoint)
+    other = {name: value + 1 for name, value in checkpoint["state_dict"].items()}
+    model.save(tmp_path / "b.pt", checkpoint | {"state_dict": other})
+    assert same_weights(tmp_path / "a.pt", tmp_path / "a.pt")
+    assert not same_weights(tmp_path / "a.pt", tmp_path / "b.pt")

@@ -1,0 +1,210 @@
+import csv
+import io
+import json
+import os
+import sys
+
+import pytest
+import torch
+from conftest import COLOURS, as_bytes, noisy
+from PIL import Image
+
+import datasets
+import model
+import predict
+
+
+@pytest.fixture
+def ask(colour_run, capsys):
+    """Calls predict.py with the colours' checkpoint; returns status, lines on standard output, and standard error."""
+
+    def call(*arguments: object) -> tuple[int, list[str], str]:
+        status = predict.cli(["--checkpoint", str(colour_run / "best.pt"), "--device", "cpu", *map(str, arguments)])
+        output = capsys.readouterr()
+        return status, output.out.splitlines(), output.err
+
+    return call
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with one new picture of each colour, one of them in a folder inside."""
+    (tmp_path / "inside").mkdir()
+    noisy(COLOURS["red"], 100, (50, 40)).save(tmp_path / "a.png")
+    noisy(COLOURS["green"], 101, (60, 90)).save(tmp_path / "b.JPG", "JPEG")
+    noisy(COLOURS["blue"], 102).save(tmp_path / "inside" / "c.webp")
+    return tmp_path
+
+
+def test_a_picture_gets_its_top_classes_with_percentages(ask, pictures):
+    status, lines, errors = ask(pictures / "a.png")
+    name, *guesses = lines[0].split("  ")
+    assert (status, len(lines), name, errors) == (0, 1, str(pictures / "a.png"), "")
+    assert guesses[0].split()[0] == "red" and len(guesses) == 3
+    shares = [float(guess.split()[1].rstrip("%")) for guess in guesses]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2)
+
+
+def test_folders_are_searched_and_the_order_is_kept(ask, pictures):
+    status, lines, _ = ask(pictures / "b.JPG", pictures, "--top-k", 1)
+    assert status == 0
+    assert [line.split()[:2] for line in lines] == [
+        [str(pictures / "b.JPG"), "green"],
+        [str(pictures / "a.png"), "red"],
+        [str(pictures / "b.JPG"), "green"],
+        [str(pictures / "inside" / "c.webp"), "blue"],
+    ]
+
+
+def test_many_pictures_in_several_batches_get_their_own_answers(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "BATCH", 4)
+    names = [list(COLOURS)[k % 3] for k in range(11)]
+    for number, name in enumerate(names):
+        noisy(COLOURS[name], 200 + number).save(tmp_path / f"{number:02}.png")
+    (tmp_path / "05b.png").write_text("not a picture")
+    status, lines, errors = ask(tmp_path, "--top-k", 1)
+    assert [line.split()[1] for line in lines] == names
+    assert status == 1 and errors.count("\n") == 1 and "05b.png: not a picture" in errors
+
+
+def test_json_has_an_object_a_line(ask, pictures):
+    _, lines, _ = ask("--json", pictures)
+    answers = [json.loads(line) for line in lines]
+    assert [answer["classes"][0]["class"] for answer in answers] == ["red", "green", "blue"]
+    assert sum(guess["probability"] for guess in answers[0]["classes"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_csv_is_a_table_with_a_header(ask, pictures):
+    odd = pictures / 'comma, "quote".png'
+    noisy(COLOURS["red"], 5).save(odd)
+    _, lines, _ = ask("--csv", "--top-k", 2, odd)
+    header, row = csv.reader(lines)
+    assert header == ["file", "class_1", "probability_1", "class_2", "probability_2"]
+    assert row[:2] == [str(odd), "red"] and 1 / 3 < float(row[2]) <= 1
+
+
+def test_standard_input(ask, monkeypatch):
+    content = io.BytesIO(as_bytes(noisy(COLOURS["blue"], 7)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
+    status, lines, _ = ask("-")
+    assert status == 0 and lines[0].startswith("-  blue ")
+
+
+def test_pictures_are_prepared_as_in_training(ask, colour_run, colour_folder):
+    """The percentages are those of the network on the training code's own batches."""
+    path = colour_folder / "test" / "green" / "03.png"
+    network, checkpoint = model.load(colour_run / "best.pt")
+    test_set = datasets.load(str(colour_folder), mean=checkpoint["mean"], std=checkpoint["std"])[1]
+    logits, _ = model.outputs(network, test_set.batches(100))
+    expected = logits.softmax(1)
+    _, lines, _ = ask("--json", "--top-k", 3, path)
+    answer = {guess["class"]: guess["probability"] for guess in json.loads(lines[0])["classes"]}
+    mine = torch.tensor([answer[name] for name in checkpoint["classes"]])
+    assert (expected - mine).abs().sum(1).min() < 1e-4
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_answered(ask, pictures):
+    (pictures / "empty.png").write_bytes(b"")
+    (pictures / "cut.png").write_bytes((pictures / "a.png").read_bytes()[:500])
+    status, lines, errors = ask(
+        pictures / "empty.png", pictures / "nowhere.png", pictures / "cut.png", pictures / "a.png"
+    )
+    assert status == 1 and len(lines) == 1 and lines[0].startswith(str(pictures / "a.png"))
+    reasons = [line.removeprefix(f"predict.py: {pictures}/") for line in errors.splitlines()]
+    assert reasons[0] == "empty.png: not a picture that Pillow can read"
+    assert reasons[1] == "nowhere.png: No such file or directory"
+    assert reasons[2].startswith("cut.png: ") and len(reasons) == 3
+
+
+def test_an_empty_folder_is_named(ask, tmp_path):
+    status, lines, errors = ask(tmp_path)
+    assert (status, lines) == (1, []) and errors == f"predict.py: {tmp_path}: no pictures in this folder\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give pictures or --evaluate DATA, one of them"),
+        (["a.png", "--evaluate", "shapes"], "give pictures or --evaluate DATA, one of them"),
+        (["a.png", "--top-k", "0"], "--top-k 0: must be at least 1"),
+        (["a.png", "--json", "--csv"], "not allowed with argument"),
+        (["--evaluate", "shapes", "--csv"], "--csv: an evaluation is printed as text or with --json"),
+        (["a.png", "--checkpiont", "x"], "unrecognized arguments: --checkpiont"),
+        (["a.png", "--device", "cuda:99"], "no device 'cuda:99' here"),
+    ],
+)
+def test_wrong_calls_end_in_one_line_and_status_2(arguments, message, capsys):
+    try:
+        status = predict.cli(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    output = capsys.readouterr()
+    assert status == 2 and message in output.err and output.err.count("\n") == 1 and not output.out
+
+
+def test_a_missing_or_broken_checkpoint_is_named(tmp_path, capsys):
+    assert predict.cli(["a.png", "--checkpoint", str(tmp_path / "no.pt")]) == 1
+    assert capsys.readouterr().err == f"predict.py: {tmp_path / 'no.pt'}: no such checkpoint\n"
+    (tmp_path / "bad.pt").write_text("hello")
+    assert predict.cli(["a.png", "--checkpoint", str(tmp_path / "bad.pt")]) == 1
+    assert capsys.readouterr().err == f"predict.py: {tmp_path / 'bad.pt'}: not a whole checkpoint of train.py\n"
+
+
+def test_the_newest_run_is_asked_by_default(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("old", "new")):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+        best = tmp_path / "logs" / name / "best.pt"
+        best.write_bytes((run / "best.pt").read_bytes())
+        os.utime(best, (1e9 + number, 1e9 + number))
+    Image.new("RGB", (32, 32)).save("a.png")
+    assert predict.cli(["a.png"]) == 0
+    assert "checkpoint: logs/new/best.pt" in capsys.readouterr().err.replace("\\", "/")
+
+
+def test_the_shipped_weights_serve_where_there_is_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "__file__", str(tmp_path / "predict.py"))
+    with pytest.raises(model.CheckpointError, match=r"no checkpoint in .*: run `python train.py` first"):
+        predict.newest_checkpoint(tmp_path / "logs")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "small.pt").write_bytes(b"")
+    assert predict.newest_checkpoint(tmp_path / "logs") == tmp_path / "weights" / "small.pt"
+
+
+# ---- evaluation ----
+
+
+def test_evaluation_gives_the_figures_of_training(run, capsys):
+    checkpoint = torch.load(run / "best.pt", weights_only=True)
+    assert predict.cli(["--evaluate", "shapes", "--checkpoint", str(run / "best.pt"), "--device", "cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["accuracy"] == checkpoint["metrics"]["test_accuracy"]
+    assert result["loss"] == pytest.approx(checkpoint["metrics"]["test_loss"], abs=1e-5)
+    assert result["pictures"] == 1000 and [sum(row) for row in result["confusion"]] == [100] * 10
+    assert result["classes"]["ring"] == result["confusion"][6][6] / 100
+
+
+def test_evaluation_prints_a_table(ask, colour_folder):
+    status, lines, _ = ask("--evaluate", colour_folder)
+    assert status == 0 and "accuracy 100.00%" in lines[0] and "18 test pictures" in lines[0]
+    assert [line.split() for line in lines[3:]] == [
+        ["0", "blue", "100.0%", "6", "0", "0"],
+        ["1", "green", "100.0%", "0", "6", "0"],
+        ["2", "red", "100.0%", "0", "0", "6"],
+    ]
+
+
+def test_classes_are_matched_by_name(ask, tmp_path):
+    for name in ("green", "red"):  # other places than in the checkpoint
+        (tmp_path / "test" / name).mkdir(parents=True)
+        noisy(COLOURS[name], 1).save(tmp_path / "test" / name / "1.png")
+    _, lines, _ = ask("--evaluate", tmp_path)
+    assert "accuracy 100.00%" in lines[0] and lines[3].split()[:3] == ["0", "blue", "-"]
+    (tmp_path / "test" / "yellow").mkdir()
+    noisy((250, 250, 0), 1).save(tmp_path / "test" / "yellow" / "1.png")
+    status, _, errors = ask("--evaluate", tmp_path)
+    assert status == 1 and "does not know class 'yellow'" in errors
+
+
+def test_evaluation_of_nothing(ask):
+    assert ask("--evaluate", "nowhere")[0] == 1

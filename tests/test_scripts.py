@@ -1,0 +1,52 @@
+"""The commands of the README, each in a process of its own, started in another folder."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, noisy
+
+
+def test_train_then_predict_then_evaluate(script, tmp_path):
+    run = "--config configs/shapes.toml --limit 500 --epochs 2".split()
+    run[1] = str(ROOT / run[1])
+    trained = script("train.py", *run)
+    assert trained.returncode == 0, trained.stderr
+    lines = trained.stdout.splitlines()
+    assert len(lines) == 5 and lines[1].startswith("epoch 2/2")
+    assert trained.stderr.count("\n") == 1 and "500 train, 500 test pictures" in trained.stderr  # no bar in a pipe
+    noisy((90, 90, 90), 0).save(tmp_path / "dog.png")
+
+    guessed = script("predict.py", "dog.png")
+    assert guessed.returncode == 0 and guessed.stdout.startswith("dog.png  ") and guessed.stdout.count("%") == 3
+    assert guessed.stderr.startswith("checkpoint: logs")
+    printed = script(*lines[3].split()[1:2], "dog.png", *lines[3].split()[3:])  # the command that train.py printed
+    assert printed.stdout == guessed.stdout and printed.stderr == ""
+
+    piped = subprocess.run(
+        [sys.executable, str(ROOT / "predict.py"), "-"],
+        input=(tmp_path / "dog.png").read_bytes(), capture_output=True, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert piped.stdout.decode().replace("-  ", "dog.png  ", 1) == guessed.stdout
+
+    evaluated = script("predict.py", "--evaluate", "shapes")
+    assert evaluated.returncode == 0 and "1,000 test pictures" in evaluated.stdout
+
+
+@pytest.mark.parametrize("name", ["device.py", "datasets.py", "model.py", "train.py", "predict.py"])
+def test_every_script_explains_itself(name, script):
+    helped = script(name, "--help")
+    assert helped.returncode == 0 and "--help" in helped.stdout and helped.stderr == ""
+
+
+def test_predicting_imports_neither_torchvision_nor_tensorboard(colour_run):
+    code = (
+        "import sys, predict; status = predict.cli(sys.argv[1:]);"
+        "print([name for name in ('torchvision', 'tensorboard', 'torch._dynamo') if name in sys.modules])"
+    )
+    picture = colour_run / "a.png"
+    noisy((200, 30, 30), 0).save(picture)
+    command = [sys.executable, "-c", code, str(picture), "--checkpoint", str(colour_run / "best.pt")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    picture.unlink()
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr

@@ -1,0 +1,344 @@
+import io
+import json
+import math
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, same_weights
+from PIL import Image
+
+import datasets
+import model
+import train
+
+QUICK = "--data shapes --limit 200 --epochs 1 --device cpu".split()
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+# ---- what a run does and leaves ----
+
+
+def test_it_learns(colour_run):
+    assert metrics(colour_run)[-1]["test_accuracy"] == 1.0
+
+
+def test_the_run_folder(run):
+    names = {path.name for path in run.iterdir() if not path.name.startswith("events.")}
+    assert names == {"config.toml", "metrics.jsonl", "best.pt", "epoch_001.pt", "epoch_002.pt", "epoch_003.pt"}
+    assert len(list(run.glob("events.out.tfevents.*"))) == 1
+
+
+def test_metrics_have_a_line_an_epoch(run):
+    lines = metrics(run)
+    assert [line["epoch"] for line in lines] == [1, 2, 3] and [line["step"] for line in lines] == [16, 32, 48]
+    for line in lines:
+        assert list(line) == [
+            *("epoch", "step", "train_loss", "train_accuracy", "lr", "epoch_seconds", "images_per_second"),
+            *("test_loss", "test_accuracy"),
+        ]
+        assert 0 <= line["test_accuracy"] <= 1
+        assert line["images_per_second"] == pytest.approx(1000 / line["epoch_seconds"])
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+
+
+def test_checkpoints_can_be_resumed_and_the_best_is_small(run):
+    checkpoint = torch.load(run / "epoch_003.pt", weights_only=True)
+    assert set(checkpoint) == {*model.CONTENT, "training"}
+    assert set(checkpoint["training"]) == {"optimizer", "schedule", "scaler"}
+    assert len(checkpoint["training"]["optimizer"]["state"]) == len(list(model.CifarQuick().parameters()))
+    assert checkpoint["config"]["limit"] == 1000 and checkpoint["epoch"] == 3
+    best = torch.load(run / "best.pt", weights_only=True)
+    assert set(best) == set(model.CONTENT)
+    assert best["metrics"]["test_accuracy"] == max(line["test_accuracy"] for line in metrics(run))
+    assert same_weights(run / "best.pt", run / f"epoch_{best['epoch']:03}.pt")
+
+
+def test_test_figures_are_exact_means_in_eval_mode(run):
+    network, checkpoint = model.load(run / "epoch_003.pt")
+    [test_set] = datasets.load("shapes", limit=1000, mean=checkpoint["mean"], std=checkpoint["std"], splits=["test"])
+    images, labels = next(test_set.batches(1000))
+    with torch.no_grad():
+        logits = network(images)
+    assert checkpoint["metrics"]["test_accuracy"] == (logits.argmax(1) == labels).sum().item() / 1000
+    expected = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert checkpoint["metrics"]["test_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_tensorboard_gets_all_tags_at_the_same_steps(run):
+    accumulator = events(run)
+    tags = accumulator.Tags()
+    scalars = {"loss/train", "loss/test", "accuracy/train", "accuracy/test", "lr", "images_per_second"}
+    assert set(tags["scalars"]) == scalars and tags["graph"] and tags["images"] == ["samples"]
+    for tag in scalars:
+        assert [event.step for event in accumulator.Scalars(tag)] == [16, 32, 48]
+    values = [event.value for event in accumulator.Scalars("accuracy/test")]
+    assert values == pytest.approx([line["test_accuracy"] for line in metrics(run)])
+
+
+def test_the_training_loss_is_also_logged_every_hundred_steps(tmp_path):
+    flags = "--data shapes --limit 480 --batch-size 4 --epochs 2 --device cpu --run-name a --log-dir".split()
+    assert train.cli([*flags, str(tmp_path)]) == 0
+    assert [event.step for event in events(tmp_path / "a").Scalars("loss/train")] == [100, 120, 220, 240]
+
+
+def test_samples_are_augmented_training_pictures(run):
+    picture = Image.open(io.BytesIO(events(run).Images("samples")[0].encoded_image_string))
+    first = np.asarray(picture)[:96, :96][::3, ::3].astype(int)
+    checkpoint = torch.load(run / "best.pt", weights_only=True)
+    config = train.Config(**checkpoint["config"])
+    train_set, _ = datasets.load("shapes", limit=1000)
+    images, _ = next(train.training_batches(train_set, config, epoch=1))
+    expected = datasets.denormalize(images[:1], train_set.mean, train_set.std)[0].permute(1, 2, 0)
+    assert picture.size[0] >= 8 * 96 and np.abs(first - expected.numpy()).max() <= 1
+
+
+def test_hparams_are_in_the_same_run(run):
+    content = events(run).summary_metadata
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(content)
+    assert len(list(run.parent.iterdir())) == 1
+
+
+def test_what_is_printed(tmp_path, capsys):
+    assert train.cli([*QUICK, "--epochs", "2", "--log-dir", str(tmp_path / "my logs"), "--run-name", "a"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 5 and all(len(line) <= 100 for line in out[:2])
+    assert out[0].startswith("epoch 1/2  train loss ") and out[0].endswith("  <- best")
+    assert out[2].startswith("best: epoch ") and out[2].endswith("(chosen on the test pictures)")
+    best = tmp_path / "my logs" / "a" / "best.pt"
+    assert out[3] == f'python predict.py YOUR_PICTURE --checkpoint "{best}"' and best.exists()
+    assert out[4] == f'tensorboard --logdir "{tmp_path / "my logs"}"'
+
+
+# ---- repeating ----
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
+    for name, flags in (("a", []), ("b", []), ("c", ["--seed", "1"])):
+        assert train.cli([*QUICK, "--log-dir", str(tmp_path), "--run-name", name, *flags]) == 0
+    assert same_weights(tmp_path / "a" / "best.pt", tmp_path / "b" / "best.pt")
+    assert not same_weights(tmp_path / "a" / "best.pt", tmp_path / "c" / "best.pt")
+
+
+def test_the_runs_config_repeats_the_run(tmp_path):
+    logs = ["--log-dir", str(tmp_path)]
+    odd = "--crop 3 --lr 0.03 --schedule cosine --cutout 5 --weight-decay 1e-5 --batch-size 50".split()
+    assert train.cli([*QUICK, *odd, *logs, "--run-name", "first"]) == 0
+    assert train.cli(["--config", str(tmp_path / "first" / "config.toml"), *logs, "--run-name", "second"]) == 0
+    assert same_weights(tmp_path / "first" / "best.pt", tmp_path / "second" / "best.pt")
+    assert (tmp_path / "first" / "config.toml").read_text() == (tmp_path / "second" / "config.toml").read_text()
+
+
+def test_every_setting_survives_the_config_file(tmp_path):
+    config = train.Config(data='a "b" \\ ü 😀', mean=(0.1, 0.2, 0.3), std=(1.0, 1e-7, 1.0), lr=1e-5, compile=True)
+    (tmp_path / "c.toml").write_text(train.as_toml(config), encoding="utf-8")
+    assert train.read_config(tmp_path / "c.toml") == config
+
+
+def test_two_runs_of_the_same_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.time, "strftime", lambda _: "now")
+    config = train.Config(log_dir=str(tmp_path))
+    assert [train.start_run(config).name for _ in range(3)] == [
+        "now_cifar_quick",
+        "now_cifar_quick_2",
+        "now_cifar_quick_3",
+    ]
+
+
+# ---- the recipe ----
+
+
+@pytest.mark.parametrize("loss", model.LOSSES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_loss_and_precision_trains(colour_folder, tmp_path, loss, precision):
+    flags = f"--epochs 8 --batch-size 20 --device cpu --run-name a --loss {loss} --precision {precision}".split()
+    assert train.cli(["--data", str(colour_folder), "--log-dir", str(tmp_path), *flags]) == 0
+    assert max(line["test_accuracy"] for line in metrics(tmp_path / "a")) > 0.6
+
+
+def test_a_batch_that_leaves_one_picture_over_trains(tmp_path):
+    flags = "--data shapes --limit 21 --batch-size 10 --epochs 1 --device cpu --run-name a --log-dir".split()
+    assert train.cli([*flags, str(tmp_path)]) == 0
+    assert metrics(tmp_path / "a")[0]["step"] == 2
+
+
+def test_onecycle_climbs_and_falls_to_nearly_nothing():
+    config = train.Config(schedule="onecycle")
+    shares = [train.learning_rate(config, 1000, step) for step in range(1000)]
+    peak = shares.index(max(shares))
+    assert 0.98 < max(shares) <= 1 and 190 <= peak <= 201
+    assert 0 < shares[0] < 0.01 and 0 < shares[-1] < 0.01
+    assert all(0 < train.learning_rate(config, steps, step) <= 1 for steps in (1, 2, 3, 7) for step in range(steps))
+
+
+def test_cosine_and_constant():
+    cosine = [train.learning_rate(train.Config(schedule="cosine"), 4, step) for step in range(5)]
+    assert cosine == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0])
+    assert train.learning_rate(train.Config(schedule="constant"), 4, 3) == 1
+
+
+def test_a_step_is_nesterov_sgd_with_decay_of_weights_alone():
+    network = model.CifarQuick(classes=2, image_size=8)
+    config = train.Config(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+    device = torch.device("cpu")
+    trainer = train.make_trainer(network, config, 10, device, torch.float32)
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
+    loss = model.loss_function(network(images), labels)
+    gradients = dict(zip(before, torch.autograd.grad(loss, network.parameters()), strict=True))
+    for layer in network.modules():
+        if hasattr(layer, "reset_running_stats"):
+            layer.reset_running_stats()
+    trainer.step(images, labels, config)
+    for name, value in network.named_parameters():
+        gradient = gradients[name] + (0.01 * before[name] if value.ndim > 1 else 0)
+        assert torch.allclose(value, before[name] - 0.1 * 1.9 * gradient, atol=1e-5), name
+
+
+def test_held_out_pictures_choose_the_epoch_and_the_test_comes_last(tmp_path, capsys):
+    flags = f"--data shapes --limit 500 --epochs 2 --val-fraction 0.2 --device cpu --run-name a --log-dir {tmp_path}"
+    assert train.cli(flags.split()) == 0
+    lines, best = metrics(tmp_path / "a"), torch.load(tmp_path / "a" / "best.pt", weights_only=True)
+    assert all("val_accuracy" in line and "test_accuracy" not in line for line in lines)
+    assert best["metrics"]["val_accuracy"] == max(line["val_accuracy"] for line in lines)
+    out = capsys.readouterr().out
+    assert f"test accuracy {best['metrics']['test_accuracy']:.1%}" in out and "chosen on" not in out
+    assert [event.step for event in events(tmp_path / "a").Scalars("accuracy/test")] == [best["metrics"]["step"]]
+
+
+@pytest.mark.parametrize("name", ["cifar_quick", "tutorial", "shapes"])
+def test_the_configs_train(name, tmp_path):
+    flags = ["--config", str(ROOT / "configs" / f"{name}.toml"), *QUICK, "--log-dir", str(tmp_path), "--run-name", "a"]
+    assert train.cli(flags) == 0
+    stored = tomllib.loads((tmp_path / "a" / "config.toml").read_text())
+    assert stored["batch_norm"] is (name != "tutorial") and stored["shuffle"] is (name != "tutorial")
+    assert (stored["mean"] == [0, 0, 0]) is (name == "tutorial")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_cuda_trains(tmp_path):
+    flags = "--data shapes --limit 1000 --epochs 3 --device cuda --run-name a --log-dir".split()
+    assert train.cli([*flags, str(tmp_path)]) == 0
+
+
+# ---- mistakes: one line, an exit status, nothing left behind ----
+
+MISTAKES = [
+    ("--epochs -1", "--epochs: -1 is not at least 1"),
+    ("--epochs 0", "--epochs: 0 is not at least 1"),
+    ("--epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
+    ("--lr nan", "--lr: nan is not a finite number"),
+    ("--lr inf", "--lr: inf is not a finite number"),
+    ("--lr 0", "--lr: 0.0 is not above 0"),
+    ("--batch-size 0", "--batch-size: 0 is not at least 1"),
+    ("--batch-size 1", "add --no-batch-norm"),
+    ("--momentum 1", "--momentum: 1.0 is not below 1"),
+    ("--momentum 0", "--nesterov needs --momentum above 0"),
+    ("--label-smoothing 1", "--label-smoothing: 1.0 is not below 1"),
+    ("--limit 9 --data shapes", "--limit 9 is below the number of classes, 10"),
+    ("--mean 0 0 0", "--mean and --std: give both or neither"),
+    ("--mean 0 0 0 --std 1 0 1", "--std: 0.0 is not above 0"),
+    ("--mean 0 0", "argument --mean: expected 3 arguments"),
+    ("--loss hinge", "argument --loss: invalid choice: 'hinge'"),
+    ("--schedule", "argument --schedule: expected one argument"),
+    ("--epoch 3", "unknown flag --epoch; did you mean --epochs?"),
+    ("--weigth-decay=3", "unknown flag --weigth-decay=3; did you mean --weight-decay?"),
+    ("--frobnicate", "unknown flag --frobnicate"),
+    ("shapes", "unknown flag shapes"),
+    ("--device cuda:99", "no device 'cuda:99' here; this machine has: "),
+    ("--precision fp16 --device cpu", "fp16 does not train well on cpu"),
+    ("--image-size 4 --data shapes", "--image-size 4 is below 8"),
+    ("--run-name ../x", "--run-name ../x: a folder's name is wanted, without a path"),
+    ("--run-name ..", "without a path"),
+    ("--config nowhere.toml", "--config nowhere.toml: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+def test_a_wrong_call_ends_in_one_line_and_status_2(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = train.cli(flags.split())
+    except SystemExit as stop:
+        status = stop.code
+    output = capsys.readouterr()
+    assert status == 2 and message in output.err and output.err.count("\n") == 1 and not output.out
+    assert output.err.startswith("train.py: ") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epoch = 3", "unknown key 'epoch'; did you mean epochs?"),
+        ("colour = 3", "unknown key 'colour'"),
+        ("epochs = 'three'", "epochs: 'three' is not of type int"),
+        ("epochs = true", "epochs: True is not of type int"),
+        ("flip = 1", "flip: 1 is not of type bool"),
+        ("lr = '0.1'", "lr: '0.1' is not of type float"),
+        ("epochs = -1", "epochs: -1 is not at least 1"),
+        ("loss = 'cross-entropy'", "loss: 'cross-entropy' is not one of cross_entropy, mse, l1; did you mean"),
+        ("mean = [0, 0]", "mean: [0, 0] is not one number for each of the three channels"),
+        ("mean = [0, 0, 'x']", "mean: 'x' is not a finite number"),
+        ("lr = nan", "lr: nan is not a finite number"),
+        ("[recipe]\nlr = 1", "unknown key 'recipe'"),
+        ("lr 3", "not a TOML file"),
+    ],
+)
+def test_a_wrong_config_file_is_named_with_its_key(content, message, tmp_path, capsys):
+    path = tmp_path / "my.toml"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"train.py: {path}: {message}" in error and error.count("\n") == 1
+
+
+def test_flags_overrule_the_config_file(tmp_path):
+    (tmp_path / "my.toml").write_text("lr = 1\nepochs = 7\nflip = true")
+    config = train.parse(["--config", str(tmp_path / "my.toml"), "--epochs", "3", "--no-flip"])
+    assert (config.lr, config.epochs, config.flip) == (1, 3, False)
+
+
+def test_help_shows_groups_and_the_configs_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(ROOT / "configs" / "tutorial.toml"), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "at its highest (default: 0.01)" in text
+    for group in ("data:", "network:", "recipe:", "machine:", "run:"):
+        assert f" {group} " in text
+    assert all(f"--{name.replace('_', '-')}" in text for name in train.Config.__dataclass_fields__)
+
+
+def test_an_existing_run_is_never_written_over(run, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        train.cli([*QUICK, "--log-dir", str(run.parent), "--run-name", run.name])
+    assert stop.value.code == 2 and f"{run} exists already" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "nowhere"], "no data 'nowhere'"),
+        (["--log-dir", "a file"], "a file: "),
+        (["--lr", "1e30", "--no-batch-norm"], "the loss is nan in epoch 1, step"),
+    ],
+)
+def test_a_run_that_fails_ends_in_one_line_and_status_1(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").write_text("")
+    assert train.cli([*QUICK, *flags]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("train.py: ") and message in error[-1] and len(error) <= 2
+    assert not list(tmp_path.glob("logs/*/*.pt"))

@@ -4,9 +4,12 @@
 """
 
 import argparse
+import math
 import pickle
+import struct
 import sys
 import tarfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +32,7 @@ class DataError(ValueError):
 
 
 class LimitError(DataError):
-    """`limit` leaves fewer pictures than there are classes."""
+    """`limit` or `val_fraction` leaves too few pictures."""
 
 
 # ---- pictures as batches -------------------------------------------------------------------------------------------
@@ -89,7 +92,8 @@ class Pictures:
     def steps(self, batch_size: int) -> int:
         """How many batches an epoch has. A single left-over picture joins the batch before: alone it has no
         statistics for batch normalisation."""
-        return max(1, (len(self) + batch_size - 2) // batch_size)
+        left_over = 1 if len(self) % batch_size == 1 < batch_size else 0
+        return max(1, math.ceil((len(self) - left_over) / batch_size))
 
     def batches(
         self, batch_size: int, shuffle: bool = False, augment: Augment | None = None, seed: int = 0, epoch: int = 0
@@ -126,6 +130,8 @@ class Pictures:
         for label in range(len(self.classes)):
             of_class = order[self.labels.cpu()[order] == label]
             held_out[of_class[: round(fraction * len(of_class))]] = True
+        if min(held_out.sum(), (~held_out).sum()) < 2:
+            raise LimitError(f"--val-fraction {fraction} of {len(self)} pictures leaves too few on one side")
         places = [part.nonzero().squeeze(1).to(self.images.device) for part in (~held_out, held_out)]
         return [self.take(places[0]), replace(self.take(places[1]), split="val")]
 
@@ -164,11 +170,10 @@ def read_picture(source: str | Path | BinaryIO, side: int) -> tuple[np.ndarray, 
     with the reason for a file that is not a whole picture.
     """
     try:
-        with Image.open(source) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
             size = image.size
             image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
-            ImageOps.exif_transpose(image, in_place=True)
-            image = rgb(image)
+            image = rgb(upright(image))
         if image.size != (side, side):
             short = min(image.size)
             left, top = (image.width - short) / 2, (image.height - short) / 2
@@ -181,10 +186,18 @@ def read_picture(source: str | Path | BinaryIO, side: int) -> tuple[np.ndarray, 
     return np.asarray(image), size
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as the camera was held; as it is if its EXIF data is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (ValueError, SyntaxError, TypeError, KeyError, struct.error):
+        return image
+
+
 def rgb(image: Image.Image) -> Image.Image:
     """Any kind of picture in 8-bit RGB: transparent parts on white, 16-bit and float greys scaled, not clipped."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, dtype=np.float32)
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         low, high = (grey.min(), grey.max()) if image.mode == "F" else (0, 65535)
         image = Image.fromarray(((grey - low) / max(high - low, 1e-9) * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -271,7 +284,7 @@ def cifar10(data_dir: Path, split: str) -> Pictures:
         else:
             with tarfile.open(archive) as tar:
                 batches = [read_batch(tar.extractfile(f"cifar-10-batches-py/{name}")) for name in names]
-    except (OSError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError, tarfile.TarError) as error:
+    except Exception as error:  # damaged archives and pickles raise many kinds
         raise DataError(f"{source}: not CIFAR-10's Python version, or damaged: {error}") from error
     images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True))
     return Pictures(images, labels, CIFAR10_CLASSES, split, file_sizes=((32, 32),))
@@ -281,7 +294,10 @@ def read_batch(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
     """One of CIFAR-10's pickles: uint8 images `(10000, 3, 32, 32)` and int64 labels `(10000,)`."""
     with file:
         batch = ArraysOnly(file, encoding="latin1").load()
-    return batch["data"].reshape(-1, 3, 32, 32), np.array(batch["labels"], dtype=np.int64)
+    images, labels = batch["data"].reshape(-1, 3, 32, 32), np.array(batch["labels"], dtype=np.int64)
+    if images.dtype != np.uint8 or labels.shape != images.shape[:1] or not set(labels) <= set(range(10)):
+        raise ValueError("pixels and labels do not fit")
+    return images, labels
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -346,7 +362,7 @@ def folder(root: Path, split: str, side: int, limit: int = 0) -> Pictures:
 def class_folders(part: Path) -> list[str]:
     """The classes of a split: the names of its folders; at least two."""
     classes = sorted(path.name for path in part.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(classes) < 2:
+    if len(classes) < (2 if part.name == "train" else 1):
         raise DataError(f"{part}: {len(classes)} class folders in it; a classifier needs at least 2")
     return classes
 
@@ -489,7 +505,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"datasets.py: {error}")
     print(describe([train_set, test_set]))
     if args.log_dir:
-        write_samples(args.log_dir, train_set, Augment(args.flip, args.crop, args.cutout))
+        try:
+            write_samples(args.log_dir, train_set, Augment(args.flip, args.crop, args.cutout))
+        except OSError as error:
+            sys.exit(f"datasets.py: {args.log_dir}: {error.strerror}")
         print(f"tensorboard --logdir {args.log_dir}")
 
 

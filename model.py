@@ -4,6 +4,9 @@
 """
 
 import argparse
+import difflib
+import io
+import math
 import os
 import sys
 import warnings
@@ -80,8 +83,14 @@ def create(name: str, options: dict) -> nn.Module:
     Raises NetworkError for a network that is not there or options that do not work.
     """
     if name not in NETWORKS:
-        raise NetworkError(f"no network {name!r}; there are: {', '.join(NETWORKS)}")
+        raise NetworkError(f"no network {name!r}; there are: {', '.join(NETWORKS)}{suggestion(name, NETWORKS)}")
     return NETWORKS[name](**options)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What the user may have meant, as the end of an error message; nothing if nothing is close."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def loss_function(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label_smoothing: float = 0.0) -> Tensor:
@@ -114,7 +123,8 @@ def probabilities(logits: Tensor, kind: str = "cross_entropy") -> Tensor:
     """
     if kind == "cross_entropy":
         return logits.softmax(1)
-    return F.normalize(logits.clamp(min=1e-9), p=1, dim=1)
+    above_all = logits == logits.amax(1, keepdim=True)  # the guess, also where no logit is positive
+    return F.normalize(logits.clamp(min=0) + 1e-9 * above_all, p=1, dim=1)
 
 
 def score(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> tuple[float, float]:
@@ -129,9 +139,11 @@ def save(path: Path, checkpoint: dict) -> None:
     Raises OSError when the disk refuses; what was at `path` before is then still there.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()  # torch.save hides a full disk's OSError behind an error of its own
+    torch.save(checkpoint, content)
     try:
         with aside.open("wb") as file:
-            torch.save(checkpoint, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -149,12 +161,17 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     try:
         # On "meta" nothing is allocated or initialised; the checkpoint's tensors become the parameters themselves.
         with torch.device("meta"):
-            network = create(checkpoint["model"]["name"], checkpoint["model"]["options"])
+            network = create(checkpoint["model"]["name"], checkpoint["model"]["options"]).eval()
         network.load_state_dict(checkpoint["state_dict"], assign=True)
+        network.to(device, torch.float32)
+        with torch.inference_mode():
+            answer = network(torch.zeros(1, 3, checkpoint["image_size"], checkpoint["image_size"], device=device))
+        if answer.shape != (1, len(checkpoint["classes"])):
+            raise ValueError(f"{len(checkpoint['classes'])} classes, but {answer.shape[-1]} outputs")
     except Exception as error:  # a stranger's file can hold anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path}: its weights and its network do not fit: {reason}") from error
-    return network.to(device).eval(), checkpoint
+    return network, checkpoint
 
 
 def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
@@ -180,6 +197,17 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
     for key, kind in CONTENT.items():
         if not isinstance(checkpoint.get(key), kind):
             raise CheckpointError(f"{path}: the checkpoint's {key!r} is missing or not of type {kind.__name__}")
+    numbers = [*checkpoint["mean"], *checkpoint["std"]]
+    if (
+        len(checkpoint["mean"]) != 3
+        or len(checkpoint["std"]) != 3
+        or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        or min(checkpoint["std"]) <= 0
+        or not all(isinstance(name, str) for name in checkpoint["classes"])
+        or not 1 <= checkpoint["image_size"] <= 4096
+        or checkpoint["config"].get("loss", LOSSES[0]) not in LOSSES
+    ):
+        raise CheckpointError(f"{path}: the checkpoint's classes, sizes, mean, std or config hold impossible values")
     return checkpoint
 
 
@@ -187,13 +215,17 @@ def table(network: nn.Module, image_size: int) -> str:
     """A line a layer: name, output shape of one picture, parameters, multiply-adds; the total in the last line."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    shapes = {}
+    shapes, hooks, training = {}, [], network.training
     layers = {name: layer for name, layer in network.named_modules() if not list(layer.children())}
     for name, layer in layers.items():
-        layer.register_forward_hook(lambda _, __, output, name=name: shapes.update({name: tuple(output.shape[1:])}))
+        hook = lambda _, __, output, name=name: shapes.update({name: tuple(output.shape[1:])})  # noqa: E731
+        hooks.append(layer.register_forward_hook(hook))
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         network.eval()(torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device))
+    network.train(training)
+    for hook in hooks:
+        hook.remove()
     flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
     lines = [f"{'layer':20} {'output':>14} {'parameters':>12} {'multiply-adds':>14}"]
@@ -214,7 +246,8 @@ def write_graph(writer, network: nn.Module, images: Tensor) -> None:
             warnings.simplefilter("ignore")  # the tracer is deprecated, and TensorBoard's only one
             writer.add_graph(network.eval(), images)
     except Exception as error:
-        print(f"no graph in TensorBoard: {str(error).splitlines()[0]}", file=sys.stderr)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"no graph in TensorBoard: {reason}", file=sys.stderr)
     network.train(training)
 
 
@@ -239,8 +272,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.log_dir:
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(args.log_dir) as writer:
-            write_graph(writer, network, torch.zeros(1, 3, args.image_size, args.image_size))
+        try:
+            with SummaryWriter(args.log_dir) as writer:
+                write_graph(writer, network, torch.zeros(1, 3, args.image_size, args.image_size))
+        except OSError as error:
+            sys.exit(f"model.py: {args.log_dir}: {error.strerror}")
         print(f"tensorboard --logdir {args.log_dir}")
 
 

@@ -7,6 +7,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -38,21 +39,18 @@ def classify(network: nn.Module, checkpoint: dict, images: Tensor) -> Tensor:
 
 
 def find(names: list[str]) -> Iterator[str | Path]:
-    """The pictures to classify, in the order given: folders are searched, `-` is standard input. Raises DataError."""
+    """The pictures to classify, in the order given: folders are searched, `-` is standard input."""
     for name in names:
-        if name != "-" and Path(name).is_dir():
-            inside = datasets.list_pictures(Path(name))
-            if not inside:
-                raise datasets.DataError(f"{name}: no pictures in this folder")
-            yield from inside
-        else:
-            yield name
+        inside = datasets.list_pictures(Path(name)) if name != "-" and Path(name).is_dir() else []
+        yield from inside or [name]
 
 
 def read(name: str | Path, side: int) -> Tensor | None:
     """A picture as uint8 `(side, side, 3)`; None, with the reason on standard error, for one that can't be read."""
     try:
-        source = io.BytesIO(sys.stdin.buffer.read()) if name == "-" else name
+        if name != "-" and Path(name).is_dir():
+            raise datasets.DataError("no pictures in this folder")
+        source = io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"") if name == "-" else name
         return torch.from_numpy(datasets.read_picture(source, side)[0].copy())
     except datasets.DataError as error:
         print(f"predict.py: {name}: {error}", file=sys.stderr)
@@ -141,7 +139,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     forms.add_argument("--csv", dest="form", action="store_const", const="csv", help="a table with a header")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     parser.error = lambda message: parser.exit(2, f"predict.py: {message}\n")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        parser.error(f"unknown flag {unknown[0]}{model.suggestion(unknown[0], flags)}")
     if bool(args.pictures) == bool(args.evaluate):
         parser.error("give pictures or --evaluate DATA, one of them (--help tells more)")
     if args.evaluate and args.form == "csv":
@@ -182,6 +183,11 @@ def cli(argv: list[str] | None = None) -> int:
     except (model.CheckpointError, datasets.DataError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of a pipe had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import difflib
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 import datasets
 import model
 from device import DeviceError, autocast, memory_format, pick, pick_precision, seed, tune
-from model import ACTIVATIONS, LOSSES, NETWORKS
+from model import ACTIVATIONS, LOSSES, NETWORKS, suggestion
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
@@ -52,7 +51,9 @@ class Config:
 
     data: str = setting("data", "cifar10", "cifar10, shapes, or a picture folder <split>/<class>/*")
     data_dir: str = setting("data", "data", "where downloads live")
-    image_size: int = setting("data", 32, "side of the pictures that the network gets, in pixels", at_least=1)
+    image_size: int = setting(
+        "data", 32, "side of the pictures that the network gets, in pixels", at_least=1, at_most=4096
+    )
     limit: int = setting("data", 0, "take the first N pictures a split, classes balanced: a quick try", at_least=0)
     val_fraction: float = setting(
         "data", 0.0, "hold this share of training out, choose the best epoch on it, test once", at_least=0, below=1
@@ -82,7 +83,7 @@ class Config:
     precision: str = setting("machine", "auto", "of the forward pass", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = setting("machine", False, "torch.compile: slow to start, faster on GPUs")
 
-    seed: int = setting("run", 0, "of initialisation, order and augmentation", at_least=0)
+    seed: int = setting("run", 0, "of initialisation, order and augmentation", at_least=0, at_most=2**63 - 1)
     log_dir: str = setting("run", "logs", "where run folders live")
     run_name: str = setting("run", "", "the run's folder; date, time and network if not given")
 
@@ -152,11 +153,6 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
         groups[key.metadata["group"]].add_argument(flag, default=default, help=key.metadata["help"], **how)
 
 
-def suggestion(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def problem(key: Field, value: object) -> str | None:
     """What is wrong with a value of this setting, in words; None when nothing is."""
     rules, kinds = key.metadata, (int, float) if key.type is float else key.type
@@ -168,13 +164,14 @@ def problem(key: Field, value: object) -> str | None:
     if key.type is tuple and len(value) not in (0, 3):
         return f"{list(value)} is not one number for each of the three channels"
     for number in numbers:
-        if not isinstance(number, int | float) or not math.isfinite(number):
-            return f"{number!r} is not a finite number"
+        if not isinstance(number, int | float) or not -1e300 < number < 1e300:
+            return f"{number!r:.40} is not a finite number"
         if number < rules.get("at_least", -math.inf) or number <= rules.get("above", -math.inf):
             bound = f"at least {rules['at_least']}" if "at_least" in rules else f"above {rules['above']}"
             return f"{number} is not {bound}"
-        if number >= rules.get("below", math.inf):
-            return f"{number} is not below {rules['below']}"
+        if number >= rules.get("below", math.inf) or number > rules.get("at_most", math.inf):
+            bound = f"below {rules['below']}" if "below" in rules else f"at most {rules['at_most']}"
+            return f"{number} is not {bound}"
     return None
 
 
@@ -183,7 +180,9 @@ def check_together(config: Config) -> None:
     if bool(config.mean) != bool(config.std):
         raise ConfigError("--mean and --std: give both or neither")
     if config.nesterov and not config.momentum:
-        raise ConfigError("--nesterov needs --momentum above 0")
+        raise ConfigError("--nesterov needs --momentum above 0; add --no-nesterov")
+    if max(config.crop, config.cutout) > config.image_size:
+        raise ConfigError(f"--crop and --cutout can be at most the image size, {config.image_size} pixels")
     if config.batch_norm and config.batch_size == 1:
         raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
     if config.run_name != Path(config.run_name).name or config.run_name == "..":
@@ -329,6 +328,8 @@ def evaluate(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> d
     with autocast(trainer.device, trainer.precision):
         logits, labels = model.outputs(trainer.network, pictures.batches(EVALUATION_BATCH))
     loss, accuracy = model.score(logits, labels, config.loss)
+    if not math.isfinite(loss):
+        raise TrainingError(f"the {pictures.split} loss is {loss}; try a lower --lr")
     return {f"{pictures.split}_loss": loss, f"{pictures.split}_accuracy": accuracy}
 
 
@@ -472,7 +473,7 @@ def cli(argv: list[str] | None = None) -> int:
         print(f"train.py: {where}", file=sys.stderr)
         return 2 if isinstance(error, WRONG_CALL) else 1
     except KeyboardInterrupt:
-        print("train.py: interrupted; the checkpoints of all finished epochs are in the run folder", file=sys.stderr)
+        print("train.py: interrupted; what finished epochs saved in the run folder is whole", file=sys.stderr)
         return 130
     return 0
 

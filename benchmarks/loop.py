@@ -17,7 +17,7 @@ import torch
 import datasets
 import model
 import train
-from device import memory_format, pick, pick_precision, tune
+from device import autocast, memory_format, pick, pick_precision, tune
 
 
 class NoWriter:
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="3 rounds")
     args, flags = parser.parse_known_args()
 
-    config = train.parse(["--data", "shapes", *flags])
+    config = train.parse([*flags, "--data", "shapes"])
     device = pick(config.device)
     precision = pick_precision(config.precision, device)
     tune(device)
@@ -49,7 +49,9 @@ def main() -> None:
     images, labels = next(train_set.batches(config.batch_size))
 
     def bare_step() -> None:
-        loss = torch.nn.functional.cross_entropy(bare.forward(images), labels, label_smoothing=config.label_smoothing)
+        with autocast(device, precision):
+            logits = bare.forward(images)
+            loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         loss.backward()
         bare.optimizer.step()
         bare.optimizer.zero_grad(set_to_none=True)

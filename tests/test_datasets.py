@@ -53,12 +53,13 @@ def test_no_single_pixel_gives_a_shape_away():
 
 
 def test_every_picture_comes_once_an_epoch():
-    for count, batch_size in ((10, 4), (9, 4), (8, 4), (3, 4), (1, 4)):
+    for count, batch_size in ((10, 4), (9, 4), (8, 4), (3, 4), (1, 4), (5, 1)):
         pictures = squares(count)
         batches = list(pictures.batches(batch_size, shuffle=True))
         assert sorted(numbers(batches)) == list(range(count))
         assert len(batches) == pictures.steps(batch_size)
-        assert count == 1 or min(len(labels) for _, labels in batches) > 1
+        assert 1 in (count, batch_size) or min(len(labels) for _, labels in batches) > 1
+        assert batch_size > 1 or len(batches) == count
 
 
 def test_batches_are_normalised_floats_with_their_labels():
@@ -115,6 +116,12 @@ def test_hold_out_takes_its_share_of_every_class():
     assert torch.bincount(held_out.labels).tolist() == [2, 2, 2, 2]
     assert sorted(numbers(rest.batches(8)) + numbers(held_out.batches(8))) == list(range(40))
     assert held_out.images.tolist() == squares(40, classes=4).hold_out(0.2, seed=0)[1].images.tolist()
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_hold_out_leaves_pictures_on_both_sides(fraction):
+    with pytest.raises(datasets.LimitError, match="leaves too few on one side"):
+        squares(40, classes=4).hold_out(fraction, seed=0)
 
 
 # ---- augmentation ----
@@ -219,6 +226,12 @@ def test_exif_rotation_is_applied():
     image.save(file, "PNG", exif=exif)
     picture, _ = datasets.read_picture(file, 32)
     assert picture[5, 28].tolist() == [255, 0, 0] and picture[5, 3].tolist() == [0, 0, 255]
+
+
+def test_a_damaged_exif_block_does_not_spoil_the_picture():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(file, "PNG", exif=b"nonsense")
+    assert datasets.read_picture(file, 32)[0][0, 0].tolist() == [255, 0, 0]
 
 
 def test_the_centre_square_is_taken_and_resized_smoothly():
@@ -360,6 +373,25 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
         datasets.load("cifar10", tmp_path, splits=["test"], mean=(0, 0, 0), std=(1, 1, 1))
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"data": [1, 2, 3], "labels": [1]},
+        {"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]},
+        {"data": np.zeros((2, 3000), np.uint8), "labels": [0, 1]},
+        {},
+        7,
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(batch, tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(batch, protocol=2))
+    with pytest.raises(DataError, match="not CIFAR-10's Python version, or damaged"):
+        datasets.load("cifar10", tmp_path, splits=["test"])
+
+
 def test_without_a_network_the_ways_out_are_named(tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
@@ -401,6 +433,7 @@ def test_the_script_shows_samples_in_tensorboard(colour_folder, tmp_path):
         ("--data shapes --limit 5", 2, "--limit 5 is below the number of classes, 10"),
         ("--data shapes --limit -1", 2, "--limit -1: must be at least 0"),
         ("--data shapes --crop x", 2, "invalid int value"),
+        ("--data shapes --limit 10 --log-dir /dev/null/x", 1, "/dev/null/x: Not a directory"),
     ],
 )
 def test_the_script_names_mistakes(flags, status, message, capsys):

@@ -129,7 +129,7 @@ def test_an_empty_folder_is_named(ask, tmp_path):
         (["a.png", "--top-k", "0"], "--top-k 0: must be at least 1"),
         (["a.png", "--json", "--csv"], "not allowed with argument"),
         (["--evaluate", "shapes", "--csv"], "--csv: an evaluation is printed as text or with --json"),
-        (["a.png", "--checkpiont", "x"], "unrecognized arguments: --checkpiont"),
+        (["a.png", "--checkpiont", "x"], "unknown flag --checkpiont; did you mean --checkpoint?"),
         (["a.png", "--device", "cuda:99"], "no device 'cuda:99' here"),
     ],
 )

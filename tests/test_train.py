@@ -249,6 +249,9 @@ MISTAKES = [
     ("--mean 0 0 0", "--mean and --std: give both or neither"),
     ("--mean 0 0 0 --std 1 0 1", "--std: 0.0 is not above 0"),
     ("--mean 0 0", "argument --mean: expected 3 arguments"),
+    ("--seed 99999999999999999999", "--seed: 99999999999999999999 is not at most 9223372036854775807"),
+    ("--crop 33", "--crop and --cutout can be at most the image size, 32 pixels"),
+    ("--val-fraction 0.01 --limit 20 --data shapes", "--val-fraction 0.01 of 20 pictures leaves too few"),
     ("--loss hinge", "argument --loss: invalid choice: 'hinge'"),
     ("--schedule", "argument --schedule: expected one argument"),
     ("--epoch 3", "unknown flag --epoch; did you mean --epochs?"),
@@ -290,6 +293,7 @@ def test_a_wrong_call_ends_in_one_line_and_status_2(flags, message, tmp_path, mo
         ("mean = [0, 0]", "mean: [0, 0] is not one number for each of the three channels"),
         ("mean = [0, 0, 'x']", "mean: 'x' is not a finite number"),
         ("lr = nan", "lr: nan is not a finite number"),
+        ("lr = 1" + 400 * "0", "lr: 1000000"),
         ("[recipe]\nlr = 1", "unknown key 'recipe'"),
         ("lr 3", "not a TOML file"),
     ],
@@ -333,6 +337,7 @@ def test_an_existing_run_is_never_written_over(run, capsys):
         (["--data", "nowhere"], "no data 'nowhere'"),
         (["--log-dir", "a file"], "a file: "),
         (["--lr", "1e30", "--no-batch-norm"], "the loss is nan in epoch 1, step"),
+        (["--lr", "1e30", "--limit", "20"], "the test loss is nan"),
     ],
 )
 def test_a_run_that_fails_ends_in_one_line_and_status_1(flags, message, tmp_path, monkeypatch, capsys):

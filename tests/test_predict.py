@@ -111,7 +111,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_answered(ask, pictures):
     )
     assert status == 1 and len(lines) == 1 and lines[0].startswith(str(pictures / "a.png"))
     reasons = [line.removeprefix(f"predict.py: {pictures}/") for line in errors.splitlines()]
-    assert reasons[0] == "empty.png: not a picture that Pillow can read"
+    assert reasons[0] == "empty.png: empty file"
     assert reasons[1] == "nowhere.png: No such file or directory"
     assert reasons[2].startswith("cut.png: ") and len(reasons) == 3
 

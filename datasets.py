@@ -27,10 +27,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SHAPES = ["arrow", "circle", "cross", "heart", "hourglass", "moon", "ring", "square", "star", "triangle"]
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # measured on the 50,000 training pictures
@@ -300,6 +300,8 @@ def read_picture(source: str | Path | BinaryIO, side: int, width: int = 0) -> tu
     what it was trained on. Raises DataError with the reason for a file that is not a whole picture.
     """
     try:
+        if isinstance(source, str) and (image := fitting_jpeg(source, side)):
+            return np.frombuffer(image.tobytes(), np.uint8).reshape(side, side, 3), image.size
         with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
             size = image.size
             if size != (side, side):
@@ -312,6 +314,30 @@ def read_picture(source: str | Path | BinaryIO, side: int, width: int = 0) -> tu
     except Exception as error:  # damaged pictures raise many kinds; Pillow refuses those above 179 million pixels
         raise DataError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
     return np.asarray(image), size
+
+
+def fitting_jpeg(path: str, side: int) -> Image.Image | None:
+    """The picture of a JPEG file that is in colour, upright and of just this size; None for all others.
+
+    Data sets of small pictures are full of these, and Pillow takes as long to look through such a file's header as to
+    decode it. This walks from marker to marker (ITU-T T.81, annex B) to the one with the size.
+    """
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a Path would take as long as the reading
+        content = file.read()
+    place, end = 2, len(content) - 10
+    while content[:2] == b"\xff\xd8" and place < end:
+        mark, kind, length = struct.unpack_from(">BBH", content, place)
+        if mark != 0xFF or kind == 0xE1:  # not a marker, or EXIF data, which may say that the picture is turned
+            return None
+        if kind in (0xC0, 0xC1, 0xC2):
+            if struct.unpack_from(">HHB", content, place + 5) != (side, side, 3):
+                return None
+            try:
+                return Image.frombytes("RGB", (side, side), content, "jpeg", "RGB", "")
+            except ValueError:  # the long way round will find the words for what is wrong
+                return None
+        place += 2 + length
+    return None
 
 
 def is_empty(source: str | Path | BinaryIO) -> bool:
@@ -332,7 +358,7 @@ def resize(image: Image.Image, side: int, width: int) -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """The picture turned as the camera was held; as it is if its EXIF data is damaged."""
     try:
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
     except (ValueError, SyntaxError, TypeError, KeyError, struct.error):
         return image
 
@@ -343,6 +369,9 @@ def rgb(image: Image.Image) -> Image.Image:
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         low, high = (grey.min(), grey.max()) if image.mode == "F" else (0, 65535)
         image = Image.fromarray(((grey - low) / max(high - low, 1e-9) * 255).clip(0, 255).astype(np.uint8))
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -443,7 +472,7 @@ def load(
     it takes at most `memory_share` of what is free, and else streamed by `workers` processes (-1: one a core). Raises
     DataError.
     """
-    device, sets = torch.device(device), []
+    device, sets, listings = torch.device(device), [], {}
     workers = cores() if workers < 0 else workers
     for split in splits:
         if data == "shapes":
@@ -451,8 +480,8 @@ def load(
         elif data == "cifar10":
             pictures = cifar10(Path(data_dir), split, data_url)
         elif Path(data).is_dir():
-            listing = find_files(Path(data), split, val_fraction or 0.2)
-            pictures = read_files(listing, image_size, limit, device, workers, memory_share)
+            listings = listings or find_files(Path(data), splits, val_fraction or 0.2)
+            pictures = read_files(listings[split], image_size, limit, device, workers, memory_share)
             report_bad(pictures, strict)
         else:
             raise DataError(f"no data {data!r}: neither cifar10 nor shapes nor a folder of pictures")
@@ -501,31 +530,39 @@ class Listing(NamedTuple):
     bad: list[tuple[str, str]]  # path and reason
 
 
-def find_files(root: Path, split: str, fraction: float) -> Listing:
-    """The picture files of one split, with their classes, in one of three layouts:
+def find_files(root: Path, splits: Sequence[str], fraction: float) -> dict[str, Listing]:
+    """The picture files of each split, with their classes, in one of three layouts:
 
     `<split>/<class>/*` (with `val/` for `test/`), `<split>/<name>_image/*` with `<split>/<name>_label/*.txt`, or
-    `<class>/*` without splits, of which `fraction` is held out, by the files' names, so that it stays the same when
-    files are added. Raises DataError.
+    `<class>/*` without splits, of which `fraction` is held out. Raises DataError.
     """
     if not any((root / name).is_dir() for name in ("train", "test", "val")):
-        files, bad = list_files(root)
-        classes, held_out = class_names(root, files), set()
-        for name in classes:
-            of_class = sorted((place_of(path, root), path) for path, of in files if of == name)
-            share = sum(place < fraction for place, _ in of_class)
-            held_out |= {path for _, path in of_class[: min(max(share, 1), len(of_class) - 1)]}  # some on either side
-        chosen = [(path, name) for path, name in files if (path in held_out) == (split == "test")]
-        return Listing("train" if split == "train" else "val", classes, chosen, bad if split == "train" else [])
-    part = root / "val" if split == "test" and not (root / "test").is_dir() else root / split
-    if not part.is_dir():
-        raise DataError(f"{root}: no folder {split}/ in it; wanted are train/<class>/* and test/<class>/*")
-    files, bad = list_files(part)
-    reference = root / "train" if (root / "train").is_dir() else part
-    classes = class_names(reference, files if reference == part else list_files(reference)[0], least=1 + (part != root))
-    for name in sorted({name for _, name in files} - set(classes)):
-        raise DataError(f"{part}: class {name!r} is not in {reference}, which has: {', '.join(classes)}")
-    return Listing(split, classes, files, bad)
+        return split_files(root, fraction)
+    has_train, has_test = (root / "train").is_dir(), (root / "test").is_dir()
+    found, classes = {}, []
+    for split in dict.fromkeys(["train", *splits] if has_train else splits):  # training names the classes
+        part = root / "val" if split == "test" and not has_test and (root / "val").is_dir() else root / split
+        if not part.is_dir():
+            raise DataError(f"{root}: no folder {split}/ in it; wanted are train/<class>/* and test/<class>/*")
+        files, bad = list_files(part)
+        classes = classes or class_names(part, files, least=2 if split == "train" else 1)
+        for name in sorted({name for _, name in files} - set(classes)):
+            raise DataError(f"{part}: class {name!r} is not in {root / 'train'}, which has: {', '.join(classes)}")
+        found[split] = Listing(split, classes, files, bad)
+    return found
+
+
+def split_files(root: Path, fraction: float) -> dict[str, Listing]:
+    """The files of `root/<class>/*`, and `fraction` of each class held out: by a hash of the files' names, so that what
+    was held out stays so when files are added."""
+    files, bad = list_files(root)
+    classes, held_out = class_names(root, files), set()
+    for name in classes:
+        of_class = sorted((place_of(path, root), path) for path, of in files if of == name)
+        share = sum(place < fraction for place, _ in of_class)
+        held_out |= {path for _, path in of_class[: min(max(share, 1), len(of_class) - 1)]}  # some on either side
+    rest, val = ([pair for pair in files if (pair[0] in held_out) is out] for out in (False, True))
+    return {"train": Listing("train", classes, rest, bad), "test": Listing("val", classes, val, [])}
 
 
 def list_files(part: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -539,31 +576,31 @@ def list_files(part: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
         if not (folder.name.endswith("_image") and labels.is_dir()):
             if not pictures:
                 raise DataError(f"{folder}: no pictures in it")
-            files += [(str(path), folder.name) for path in pictures]
+            files += [(path, folder.name) for path in pictures]
             continue
-        for path in pictures:
+        stems = {Path(path).stem: path for path in pictures}
+        for stem, path in stems.items():
             try:
-                name = (labels / f"{path.stem}.txt").read_text(encoding="utf-8").strip()
+                name = (labels / f"{stem}.txt").read_text(encoding="utf-8").strip()
                 if name and name.isprintable():
-                    files.append((str(path), name))
+                    files.append((path, name))
                 else:
-                    bad.append((str(path), "its label file holds no class name"))
+                    bad.append((path, "its label file holds no class name"))
             except (OSError, ValueError):
-                bad.append((str(path), f"no label: {labels / path.stem}.txt cannot be read"))
-        stems = {path.stem for path in pictures}
+                bad.append((path, f"no label: {labels / stem}.txt cannot be read"))
         bad += [
             (str(path), "label without a picture") for path in sorted(labels.glob("*.txt")) if path.stem not in stems
         ]
     return files, bad
 
 
-def list_pictures(root: Path) -> list[Path]:
+def list_pictures(root: Path) -> list[str]:
     """All picture files below a folder, by their endings, in the order of their names; hidden ones left out."""
     found = []
     for folder, inside, names in os.walk(root, followlinks=True):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
-        chosen = (name for name in sorted(names) if not name.startswith("."))
-        found += [Path(folder, name) for name in chosen if os.path.splitext(name)[1].lower() in PICTURE_ENDINGS]  # noqa: PTH122
+        pictures = (name for name in sorted(names) if name.lower().endswith(PICTURE_ENDINGS) and name[0] != ".")
+        found += [f"{folder}{os.sep}{name}" for name in pictures]
     return found
 
 
@@ -585,53 +622,59 @@ def place_of(path: str, root: Path) -> float:
 def read_files(
     listing: Listing, side: int, limit: int, device: torch.device, workers: int, memory_share: float
 ) -> Pictures:
-    """Decode and check all files of a listing once, with a progress bar; keep the pictures if they fit into memory.
-
-    Their order is mixed once and for all: in class order, unshuffled training would forget all but the last class.
-    """
-    from tqdm import tqdm
-
+    """The pictures of a listing, all decoded and checked once; in memory if they fit, else Streamed."""
     labels = torch.tensor([listing.classes.index(name) for _, name in listing.files])
     picks = balanced(labels, listing.classes, limit) if limit else torch.arange(len(labels))
+    # The order is mixed once and for all: in class order, unshuffled training would forget all but the last class.
     picks = picks[torch.randperm(len(picks), generator=torch.Generator().manual_seed(0))]
     paths = np.array([os.fsencode(listing.files[pick][0]) for pick in picks.tolist()])
-    width = stored_width(paths, side) if listing.split == "train" else side
-    fits = len(paths) * side * width * 3 <= memory_share * free_memory(device)
-    images = torch.empty((len(paths) if fits else 0, side, width, 3), dtype=torch.uint8)
-    extent, tall = torch.zeros(len(paths), dtype=torch.int64), torch.zeros(len(paths), dtype=torch.bool)
-    sizes, bad, counts, place = torch.zeros(len(paths), 2, dtype=torch.int64), list(listing.bad), torch.zeros(3, 256), 0
-    plan = [list(range(start, min(start + 500, len(paths)))) for start in range(0, len(paths), 500)]
-    bar = tqdm(total=len(paths), desc=f"reading {listing.split}", unit=" pictures", disable=None, leave=False)
-    # Starting processes pays for many pictures only, above all where they have to import torch anew.
-    loader = decoder(Files(paths, side, width), plan, workers if len(paths) > 1000 else 0, torch.device("cpu"))
-    for decoded in loader:
-        chunk = slice(place, place + len(decoded.extent))
-        place = chunk.stop
-        if fits:
-            images[chunk] = decoded.images
-        else:
-            counts += histogram(decoded.images.permute(0, 3, 1, 2))
-        extent[chunk], tall[chunk], sizes[chunk] = decoded.extent, decoded.tall, decoded.sizes
-        bad += decoded.bad
-        bar.update(len(decoded.extent))
-    bar.close()
-    good = extent > 0
-    images = images.permute(0, 3, 1, 2)
-    counts = histogram(images) if fits else counts
-    counts[:, 0] -= side * (width - extent).sum()  # what is not in use is black
-    mean, std = statistics(counts) if good.any() else ((), ())
-    by_area = sorted({tuple(size) for size in sizes[good].tolist()}, key=math.prod)
-    common = {
-        "images": images, "labels": labels[picks], "classes": listing.classes, "split": listing.split,
-        "mean": mean, "std": std, "paths": paths, "file_sizes": tuple(by_area[:1] + by_area[-1:]), "bad": bad,
-        "extent": extent if width > side else None, "tall": tall if width > side else None,
-    }  # fmt: skip
-    if fits:
-        pictures = Pictures(**common)
-    else:
-        common["labels"] = common["labels"].to(device)
-        pictures = Streamed(**common, workers=workers, size=(side, width))
+    files = Files(paths, side, stored_width(paths, side) if listing.split == "train" else side)
+    fits = len(paths) * side * files.width * 3 <= memory_share * free_memory(device)
+    decoded, counts = decode_all(files, workers, fits, f"reading {listing.split}")
+    good = decoded.extent > 0
+    areas = decoded.sizes.prod(1).double()
+    extremes = areas.where(good, math.inf).argmin(), areas.argmax()
+    what = {
+        "images": decoded.images.permute(0, 3, 1, 2),
+        "labels": labels[picks].to(device),
+        "classes": listing.classes,
+        "split": listing.split,
+        "paths": paths,
+        "file_sizes": tuple(tuple(decoded.sizes[place].tolist()) for place in extremes),
+        "bad": listing.bad + decoded.bad,
+        "extent": decoded.extent if files.width > side else None,
+        "tall": decoded.tall if files.width > side else None,
+    }
+    if good.any():
+        what["mean"], what["std"] = statistics(counts)
+    pictures = Pictures(**what) if fits else Streamed(**what, workers=workers, size=(side, files.width))
     return pictures if good.all() else pictures.take(good.nonzero().squeeze(1))
+
+
+def decode_all(files: Files, workers: int, keep: bool, name: str) -> tuple[Decoded, Tensor]:
+    """Decode all files with a progress bar: what was found, with the images only if `keep`, and their histogram."""
+    from tqdm import tqdm
+
+    count = len(files.paths)
+    images = torch.empty((count if keep else 0, files.side, files.width, 3), dtype=torch.uint8)
+    extent, tall = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
+    sizes, bad, counts, start = torch.zeros(count, 2, dtype=torch.int64), [], torch.zeros(3, 256), 0
+    chunk = max(1, min(4000, 2**24 // (files.side * files.width)))  # to hand over costs time, large ones memory
+    plan = [list(range(first, min(first + chunk, count))) for first in range(0, count, chunk)]
+    # Starting processes pays for many pictures only, above all where they have to import torch anew.
+    loader = decoder(files, plan, workers if count > 1000 else 0, torch.device("cpu"))
+    with tqdm(total=count, desc=name, unit=" pictures", disable=None, leave=False) as bar:
+        for decoded in loader:
+            place = slice(start, start + len(decoded.extent))
+            start = place.stop
+            if keep:
+                images[place] = decoded.images
+            counts += histogram(decoded.images.permute(0, 3, 1, 2))
+            extent[place], tall[place], sizes[place] = decoded.extent, decoded.tall, decoded.sizes
+            bad += decoded.bad
+            bar.update(len(decoded.extent))
+    counts[:, 0] -= files.side * (files.width - extent).sum()  # what is not in use is black
+    return Decoded(images, extent, tall, sizes, bad), counts
 
 
 def stored_width(paths: np.ndarray, side: int) -> int:

@@ -144,7 +144,7 @@ class Pictures:
     on their side. Training sees a random square of them, evaluation (where W is H) the one in the centre.
     """
 
-    images: Tensor  # uint8 (N, 3, H, W), channels last in memory
+    images: Tensor  # uint8 (N, 3, H, W), in memory with channels first or last
     labels: Tensor  # int64 (N,)
     classes: list[str]
     split: str  # train, val or test
@@ -197,16 +197,22 @@ class Pictures:
 
     def stored(self, chosen: list[Tensor]) -> Iterator[Tensor]:
         """The stored pictures at these places, a uint8 batch `(B, 3, H, W)` for each tensor of places."""
-        rows = self.images.permute(0, 2, 3, 1)  # contiguous, so that picking copies whole pictures
         for picks in chosen:
-            yield rows.index_select(0, picks.to(rows.device)).permute(0, 3, 1, 2)
+            yield self.pick(picks)
+
+    def pick(self, picks: Tensor) -> Tensor:
+        """Stored pictures at these places; picture by picture, whether channels come first or last in memory."""
+        picks = picks.to(self.images.device)
+        if self.images.is_contiguous():
+            return self.images.index_select(0, picks)
+        return self.images.permute(0, 2, 3, 1).index_select(0, picks).permute(0, 3, 1, 2)
 
     def take(self, picks: Tensor) -> "Pictures":
         """The pictures at these places, in this order."""
         of = picks.to(self.labels.device)
         return replace(
             self,
-            images=self.images.permute(0, 2, 3, 1)[of].permute(0, 3, 1, 2) if len(self.images) else self.images,
+            images=self.pick(picks) if len(self.images) else self.images,
             labels=self.labels[of],
             extent=None if self.extent is None else self.extent[of],
             tall=None if self.tall is None else self.tall[of],
@@ -263,10 +269,11 @@ def squares(images: Tensor, extent: Tensor, tall: Tensor, place: Tensor) -> Tens
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images `(N, 3, H, W)` in 0..255 as float32, the way the network wants them: `(x / 255 - mean) / std`."""
-    mean, std = (255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
-    floats = (images.float() if images.dtype == torch.uint8 else images.clone()).sub_(mean).div_(std)
-    channels_last = images.device.type != "mps"  # where it is wrong (pytorch issues 175189, 175190)
-    return floats.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    floats = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+    rows = floats.permute(0, 2, 3, 1).flatten(2)  # (N, H, W * 3): long rows are worked on faster than 3 channels
+    mean, std = (255 * torch.tensor(v, device=images.device).repeat(images.shape[3]) for v in (mean, std))
+    rows.sub_(mean).div_(std)
+    return floats.contiguous() if images.device.type == "mps" else floats  # see memory_format() in device.py
 
 
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -399,8 +406,7 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, picks: list[int]) -> Decoded:
         images = np.zeros((len(picks), self.side, self.width, 3), np.uint8)
         extent, tall, sizes, bad = [], [], [], []
-        for image, pick in zip(images, picks, strict=True):
-            path = os.fsdecode(self.paths[pick])
+        for image, path in zip(images, map(os.fsdecode, self.paths[picks].tolist()), strict=True):
             try:
                 picture, size = read_picture(path, self.side, self.width)
             except DataError as error:
@@ -491,7 +497,7 @@ def load(
         sets.append(pictures)
     for pictures in sets:
         pictures.mean, pictures.std = tuple(mean) or sets[0].mean, tuple(std) or sets[0].std
-        pictures.images = pictures.images.to(device, memory_format=torch.channels_last)
+        pictures.images = pictures.images.to(device)
         pictures.labels = pictures.labels.to(device)
         if pictures.extent is not None:
             pictures.extent, pictures.tall = pictures.extent.to(device), pictures.tall.to(device)
@@ -545,6 +551,8 @@ def find_files(root: Path, splits: Sequence[str], fraction: float) -> dict[str, 
         if not part.is_dir():
             raise DataError(f"{root}: no folder {split}/ in it; wanted are train/<class>/* and test/<class>/*")
         files, bad = list_files(part)
+        if not files:
+            raise DataError(f"{part}: no class folders with pictures in it")
         classes = classes or class_names(part, files, least=2 if split == "train" else 1)
         for name in sorted({name for _, name in files} - set(classes)):
             raise DataError(f"{part}: class {name!r} is not in {root / 'train'}, which has: {', '.join(classes)}")
@@ -659,10 +667,12 @@ def decode_all(files: Files, workers: int, keep: bool, name: str) -> tuple[Decod
     images = torch.empty((count if keep else 0, files.side, files.width, 3), dtype=torch.uint8)
     extent, tall = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
     sizes, bad, counts, start = torch.zeros(count, 2, dtype=torch.int64), [], torch.zeros(3, 256), 0
-    chunk = max(1, min(4000, 2**24 // (files.side * files.width)))  # to hand over costs time, large ones memory
-    plan = [list(range(first, min(first + chunk, count))) for first in range(0, count, chunk)]
-    # Starting processes pays for many pictures only, above all where they have to import torch anew.
-    loader = decoder(files, plan, workers if count > 1000 else 0, torch.device("cpu"))
+    workers = workers if count > 1000 else 0  # to start processes costs time, most where they import torch anew
+    # To hand over costs time, but what waits for it has to fit into 64 MB of shared memory (Docker's default).
+    most = max(1, min(4000, 2**23 // (files.side * files.width * max(1, workers))))
+    chunks = math.ceil(count / most / max(1, workers)) * max(1, workers)  # as many for every worker
+    plan = [part.tolist() for part in np.array_split(np.arange(count), chunks)]
+    loader = decoder(files, plan, workers, torch.device("cpu"))
     with tqdm(total=count, desc=name, unit=" pictures", disable=None, leave=False) as bar:
         for decoded in loader:
             place = slice(start, start + len(decoded.extent))
@@ -722,8 +732,7 @@ def cifar10(data_dir: Path, split: str, data_url: str = "") -> Pictures:
         batches = [read_batch(folder / name) for name in names]
     except Exception as error:  # damaged pickles raise many kinds
         raise DataError(f"{folder}: not CIFAR-10's Python version, or damaged: {error}") from error
-    images = torch.cat([batch.to(memory_format=torch.channels_last) for batch, _ in batches])
-    labels = torch.cat([labels for _, labels in batches])
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return Pictures(images, labels, CIFAR10_CLASSES, split, *CIFAR10_STATISTICS)
 
 
@@ -847,7 +856,7 @@ def shapes(split: str, count: int = 0, side: int = 32) -> Pictures:
     random = np.random.RandomState(["train", "test"].index(split))  # numpy never changes this stream (NEP 19)
     labels = random.permutation(np.arange(count or {"train": 5000, "test": 1000}[split]) % len(SHAPES))
     chunks = [draw_shapes(labels[start : start + 500], random, side) for start in range(0, len(labels), 500)]
-    images = torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2).contiguous()
     mean, std = statistics(histogram(images))
     return Pictures(images, torch.from_numpy(labels).long(), SHAPES, split, mean, std)
 

@@ -801,10 +801,13 @@ def download(path: Path, urls: Sequence[str]) -> None:
                 if not before:
                     break
             except (OSError, ValueError, http.client.HTTPException) as error:
-                failures[url] = str(getattr(error, "reason", error)) or type(error).__name__
+                reason = getattr(error, "reason", error)
+                failures[url] = getattr(reason, "strerror", None) or str(reason) or type(error).__name__
                 if not partial.exists() or partial.stat().st_size <= before:
                     break
     reasons = "; ".join(f"{urllib.parse.urlsplit(url).netloc or url}: {why}" for url, why in failures.items())
+    if len(failures) > 1 and len(set(failures.values())) == 1:
+        reasons = f"all {len(failures)} mirrors: {next(iter(failures.values()))}"
     raise DataError(
         f"CIFAR-10 could not be downloaded ({reasons}). Ways out: put {CIFAR10_ARCHIVE} into {path.parent}, give "
         "--data-url a mirror that works, point --data at a folder of pictures, or train on --data shapes"

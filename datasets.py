@@ -492,8 +492,8 @@ def load(
         else:
             raise DataError(f"no data {data!r}: neither cifar10 nor shapes nor a folder of pictures")
         if pictures.paths is None:  # cifar10 and shapes
-            pictures = resized(pictures, image_size)
             pictures = pictures.take(balanced(pictures.labels, pictures.classes, limit)) if limit else pictures
+            pictures = resized(pictures, image_size)
         sets.append(pictures)
     for pictures in sets:
         pictures.mean, pictures.std = tuple(mean) or sets[0].mean, tuple(std) or sets[0].std

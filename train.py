@@ -304,7 +304,7 @@ def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, 
     trainer.network.train()
     steps = train_set.steps(config.batch_size)
     batches = training_batches(train_set, config, epoch)
-    bar = tqdm(batches, f"epoch {epoch}", steps, leave=False, disable=not sys.stderr.isatty())
+    bar = tqdm(batches, f"epoch {epoch}", steps, unit=" steps", leave=False, disable=None)
     loss_sum, correct = torch.zeros(2, device=trainer.device).unbind()
     logged_sum, logged_pictures, pictures = 0.0, 0, 0
     start = time.perf_counter()

@@ -149,12 +149,15 @@ def test_an_address_of_ones_own(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "http://nowhere.invalid/x", "no address", "file:///etc/hosts"])
-def test_without_a_network_one_message_names_the_ways_out(url, server, tmp_path):
+def test_without_a_network_one_message_names_the_ways_out(url, server, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="could not be downloaded") as caught:
         datasets.load("cifar10", tmp_path / "data", data_url=url)
     for way in ("put cifar-10-python.tar.gz into", "--data-url", "point --data at a folder", "--data shapes"):
         assert way in str(caught.value)
     assert "\n" not in str(caught.value)
+    monkeypatch.setattr(datasets, "CIFAR10_MIRRORS", ["http://127.0.0.1:9/a", "http://127.0.0.1:9/b"])
+    with pytest.raises(DataError, match=r"downloaded \(all 2 mirrors: Connection refused\)"):
+        datasets.load("cifar10", tmp_path / "data")
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".cifar10.lock"]
 
 

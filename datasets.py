@@ -586,8 +586,8 @@ def list_files(part: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
                 raise DataError(f"{folder}: no pictures in it")
             files += [(path, folder.name) for path in pictures]
             continue
-        stems = {Path(path).stem: path for path in pictures}
-        for stem, path in stems.items():
+        stems = [Path(path).stem for path in pictures]
+        for stem, path in zip(stems, pictures, strict=True):
             try:
                 name = (labels / f"{stem}.txt").read_text(encoding="utf-8").strip()
                 if name and name.isprintable():
@@ -596,9 +596,8 @@ def list_files(part: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
                     bad.append((path, "its label file holds no class name"))
             except (OSError, ValueError):
                 bad.append((path, f"no label: {labels / stem}.txt cannot be read"))
-        bad += [
-            (str(path), "label without a picture") for path in sorted(labels.glob("*.txt")) if path.stem not in stems
-        ]
+        alone = {path.stem for path in labels.glob("*.txt")} - set(stems)
+        bad += [(str(labels / f"{stem}.txt"), "label without a picture") for stem in sorted(alone)]
     return files, bad
 
 
@@ -826,7 +825,8 @@ def transfer(url: str, partial: Path) -> None:
         return
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0", "Range": f"bytes={have}-"})
     with urllib.request.urlopen(request, timeout=STALLED_SECONDS) as answer:
-        start = have if answer.status == 206 and answer.headers["Content-Range"].startswith(f"bytes {have}-") else 0
+        goes_on = (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-")
+        start = have if answer.status == 206 and goes_on else 0
         length = answer.headers["Content-Length"]
         if length and start + int(length) != CIFAR10_SIZE:
             raise ValueError(f"serves {start + int(length):,} bytes instead of {CIFAR10_SIZE:,}")

@@ -182,11 +182,11 @@ def cli(argv: list[str] | None = None) -> int:
     except DeviceError as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
-    except (model.CheckpointError, datasets.DataError) as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader of a pipe had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (model.CheckpointError, datasets.DataError, OSError) as error:
+        print(f"predict.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -422,17 +422,17 @@ def line(metrics: dict, split: str, config: Config, best: bool) -> str:
 
 def finish(writer, run: Path, trainer: Trainer, sets: list[datasets.Pictures], best: dict, config: Config) -> None:
     """Say where the best checkpoint is and how to go on; with held-out pictures, test it now, once."""
-    print(f"best: epoch {best['epoch']}, ", end="")
     if len(sets) == 1:
         split = sets[0].split
-        print(f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)")
+        result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
     else:
         network, checkpoint = model.load(run / "best.pt", trainer.device)
         test = evaluate(replace(trainer, network=network), sets[1], config)
         for name, value in test.items():
             writer.add_scalar(f"{name.partition('_')[2]}/test", value, best["step"])
         model.save(run / "best.pt", checkpoint | {"metrics": best | test})
-        print(f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {test['test_accuracy']:.1%}")
+        result = f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {test['test_accuracy']:.1%}"
+    print(f"best: epoch {best['epoch']}, {result}")
     print(f"python predict.py YOUR_PICTURE --checkpoint {quoted(run / 'best.pt')}")
     print(f"tensorboard --logdir {quoted(config.log_dir)}")
 

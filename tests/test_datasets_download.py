@@ -47,9 +47,9 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = {"html": b"<html>Sorry</html>", "corrupt": ARCHIVE[::-1], "short": ARCHIVE[:-1]}.get(behaviour, ARCHIVE)
         partly = start and behaviour not in ("rangeless", "html")
         self.send_response(206 if partly else 200)
-        if partly:
+        if partly and behaviour != "unsaid":
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-            body = body[start:]
+        body = body[start:] if partly else body
         if behaviour != "lengthless":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -126,6 +126,12 @@ def test_a_server_without_ranges_starts_anew(fetch, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cifar-10-python.tar.gz.part").write_bytes(ARCHIVE[:100])
     assert fetch("rangeless") == [("rangeless", 100)]
+
+
+def test_a_server_that_does_not_say_which_part_it_sends_is_left(fetch, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-python.tar.gz.part").write_bytes(ARCHIVE[:100])
+    assert fetch("unsaid", "good") == [("unsaid", 100), ("good", 100)]
 
 
 def test_a_wrong_part_is_discarded_and_the_mirror_asked_again(fetch, tmp_path):

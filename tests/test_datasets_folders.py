@@ -49,6 +49,16 @@ def test_labels_apart_from_pictures(tmp_path):
     assert rightly_coloured(train_set) and rightly_coloured(test_set)
 
 
+def test_pictures_of_the_same_stem_share_a_label(tmp_path):
+    make(
+        tmp_path,
+        ["train/a_image/red.png", "train/a_image/red.jpg", "train/blue/1.png", "test/red/1.png", "test/blue/1.png"],
+    )
+    (tmp_path / "train" / "a_label").mkdir()
+    (tmp_path / "train" / "a_label" / "red.txt").write_text("red")
+    assert torch.bincount(datasets.load(str(tmp_path))[0].labels).tolist() == [1, 2]
+
+
 def test_what_is_wrong_with_labels_is_named(tmp_path, capsys):
     make(tmp_path, [f"train/a_image/red{number}.png" for number in range(4)])
     make(tmp_path, [f"train/blue/{number}.png" for number in range(2)])  # both layouts, side by side

@@ -136,12 +136,25 @@ def resized_crop(images: Tensor, least: float, area: Tensor, shape: Tensor, row:
 # ---- pictures as batches -------------------------------------------------------------------------------------------
 
 
+class Sizing(NamedTuple):
+    """How a picture of any size becomes a square: its shorter side is resized to `resize`, its middle cut out."""
+
+    side: int = 32  # of the square, in pixels
+    resize: int = 0  # in pixels, at least `side`; 0: like it, so that nothing of the shorter side is lost
+    interpolation: str = "bilinear"  # or bicubic; both antialiased
+
+    @property
+    def shorter(self) -> int:
+        """Pixels of the shorter side before the cut."""
+        return self.resize or self.side
+
+
 @dataclass
 class Pictures:
     """Pictures in memory on one device, and the batches that training and evaluation take from them.
 
     Pictures that are not square are stored along the second side: `extent` pixels of W are in use, and `tall` ones lie
-    on their side. Training sees a random square of them, evaluation (where W is H) the one in the centre.
+    on their side. Augmented training sees a random square of them, all else the one in the centre.
     """
 
     images: Tensor  # uint8 (N, 3, H, W), in memory with channels first or last
@@ -164,11 +177,26 @@ class Pictures:
         """Pixels a side of the pictures that the network gets."""
         return self.images.shape[2]
 
+    @property
+    def evaluation_batch(self) -> int:
+        """How many pictures evaluation takes at a time: 250, or fewer if they are large."""
+        return evaluation_batch(self.side)
+
     def steps(self, batch_size: int) -> int:
         """How many batches an epoch has. A single left-over picture joins the batch before: alone it has no
         statistics for batch normalisation."""
         left_over = 1 if len(self) % batch_size == 1 < batch_size else 0
         return max(1, math.ceil((len(self) - left_over) / batch_size))
+
+    def parts(self, batch_size: int) -> list[slice]:
+        """The places of an epoch that each batch takes."""
+        bounds = [*range(0, self.steps(batch_size) * batch_size, batch_size), len(self)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+    def order(self, shuffle: bool, seed: int, epoch: int) -> tuple[Tensor, torch.Generator]:
+        """The epoch's order of the pictures, int64 `(N,)`, and the generator for what else is drawn in it."""
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+        return torch.randperm(len(self), generator=generator) if shuffle else torch.arange(len(self)), generator
 
     def batches(
         self, batch_size: int, shuffle: bool = False, augment: Augment | None = None, seed: int = 0, epoch: int = 0
@@ -178,16 +206,15 @@ class Pictures:
         Order and augmentation depend on `(seed, epoch)` and the place in the epoch alone; they are drawn on the CPU,
         so that every device gets the same.
         """
-        device, steps = self.labels.device, self.steps(batch_size)
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-        order = torch.randperm(len(self), generator=generator) if shuffle else torch.arange(len(self))
+        device = self.labels.device
+        order, generator = self.order(shuffle, seed, epoch)
         draws = torch.rand(DRAWS, len(self), generator=generator).to(device)
         fill = torch.tensor(self.mean, device=device).mul(255).round().byte().view(1, 3, 1, 1)
-        bounds = [*range(0, steps * batch_size, batch_size), len(self)]
-        chosen = [order[start:stop] for start, stop in itertools.pairwise(bounds)]
+        parts = self.parts(batch_size)
+        chosen = [order[part] for part in parts]
         order = order.to(device)
-        for (start, stop), images in zip(itertools.pairwise(bounds), self.stored(chosen), strict=True):
-            picks, of_batch = order[start:stop], draws[:, start:stop]
+        for part, images in zip(parts, self.stored(chosen), strict=True):
+            picks, of_batch = order[part], draws[:, part]
             if self.extent is not None:
                 place = of_batch[0] if augment else torch.full((len(picks),), 0.5, device=device)
                 images = squares(images, self.extent[picks], self.tall[picks], place)
@@ -238,15 +265,16 @@ class Streamed(Pictures):
     """Pictures that do not fit into memory: worker processes decode and resize them, batch by batch."""
 
     workers: int = 0
-    size: tuple[int, int] = (32, 32)  # (H, W) of the stored form that the workers make
+    sizing: Sizing = field(default_factory=Sizing)
+    width: int = 32  # W of the stored form that the workers make; H is the side
 
     def __post_init__(self) -> None:
         self.plan = []  # what the workers decode next; a new epoch puts new batches into the same list
-        self.loader = decoder(Files(self.paths, *self.size), self.plan, self.workers, self.labels.device)
+        self.loader = decoder(Files(self.paths, self.sizing, self.width), self.plan, self.workers, self.labels.device)
 
     @property
     def side(self) -> int:
-        return self.size[0]
+        return self.sizing.side
 
     def stored(self, chosen: list[Tensor]) -> Iterator[Tensor]:
         device = self.labels.device
@@ -256,6 +284,47 @@ class Streamed(Pictures):
                 raise DataError("{}: {}".format(*decoded.bad[0]))
             # Copies to MPS that do not block can carry garbage (pytorch issue 139550).
             yield decoded.images.to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+
+
+@dataclass
+class Enlarged(Pictures):
+    """Small square pictures of which the network gets larger ones: kept as they are, and resized batch by batch."""
+
+    sizing: Sizing = field(default_factory=Sizing)
+
+    @property
+    def side(self) -> int:
+        return self.sizing.side
+
+    def stored(self, chosen: list[Tensor]) -> Iterator[Tensor]:
+        side, shorter, interpolation = self.sizing.side, self.sizing.shorter, self.sizing.interpolation
+        first = round((shorter - side) / 2)
+        for images in super().stored(chosen):
+            images = F.interpolate(images.float(), (shorter, shorter), mode=interpolation, antialias=True)
+            images = images[:, :, first : first + side, first : first + side]
+            yield images.round().clamp(0, 255).byte()
+
+
+@dataclass
+class Features(Pictures):
+    """What the frozen part of a network makes of pictures, computed once, in their place: any float `(N, ...)`."""
+
+    @property
+    def evaluation_batch(self) -> int:
+        return 250
+
+    def batches(
+        self, batch_size: int, shuffle: bool = False, augment: None = None, seed: int = 0, epoch: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every picture's features once, `(B, ...)`, and int64 labels `(B,)`, in the order of the pictures' batches."""
+        order = self.order(shuffle, seed, epoch)[0].to(self.labels.device)
+        for part in self.parts(batch_size):
+            yield self.images[order[part]], self.labels[order[part]]
+
+
+def evaluation_batch(side: int) -> int:
+    """How many pictures of this side an evaluation without gradients takes at a time."""
+    return max(1, min(250, 2**20 // side**2))
 
 
 def squares(images: Tensor, extent: Tensor, tall: Tensor, place: Tensor) -> Tensor:
@@ -299,23 +368,24 @@ def statistics(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 # ---- pictures from files -------------------------------------------------------------------------------------------
 
 
-def read_picture(source: str | Path | BinaryIO, side: int, width: int = 0) -> tuple[np.ndarray, tuple[int, int]]:
+def read_picture(source: str | Path | BinaryIO, sizing: Sizing, width: int = 0) -> tuple[np.ndarray, tuple[int, int]]:
     """A picture file as uint8 `(side, side, 3)`: turned upright, in RGB, its centre square; and its (width, height).
 
     With a `width` above `side`, more of the longer side is kept, up to `width`: `(side, side..width, 3)`, or
     `(side..width, side, 3)` for tall pictures. Training and prediction both read pictures here, so that a network sees
     what it was trained on. Raises DataError with the reason for a file that is not a whole picture.
     """
+    side, shorter = sizing.side, sizing.shorter
     try:
-        if isinstance(source, str) and (image := fitting_jpeg(source, side)):
+        if isinstance(source, str) and side == shorter and (image := fitting_jpeg(source, side)):
             return np.frombuffer(image.tobytes(), np.uint8).reshape(side, side, 3), image.size
         with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
             size = image.size
-            if size != (side, side):
-                image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
+            if size != (shorter, shorter):
+                image.draft("RGB", (2 * shorter, 2 * shorter))  # a large JPEG is decoded at a fraction of its size
             image = rgb(upright(image))
         if image.size != (side, side):
-            image = resize(image, side, max(side, width))
+            image = resize(image, sizing, max(side, width))
     except UnidentifiedImageError as error:
         raise DataError("empty file" if is_empty(source) else "not a picture that Pillow can read") from error
     except Exception as error:  # damaged pictures raise many kinds; Pillow refuses those above 179 million pixels
@@ -351,15 +421,14 @@ def is_empty(source: str | Path | BinaryIO) -> bool:
     return isinstance(source, str | Path) and os.path.getsize(source) == 0  # noqa: PTH202
 
 
-def resize(image: Image.Image, side: int, width: int) -> Image.Image:
-    """The shorter side resized to `side`, the longer cut in the middle to at most `width`; antialiased."""
-    short, long = min(image.size), max(image.size)
-    extent = min(round(side * long / short), width)
-    kept = min(long, short * extent / side)
-    box = ((long - kept) / 2, 0, (long + kept) / 2, short)
-    if image.width >= image.height:
-        return image.resize((extent, side), Image.Resampling.BILINEAR, box)
-    return image.resize((side, extent), Image.Resampling.BILINEAR, (box[1], box[0], box[3], box[2]))
+def resize(image: Image.Image, sizing: Sizing, width: int) -> Image.Image:
+    """The middle of a picture, `side` pixels of its shorter side and at most `width` of the longer; antialiased."""
+    short = min(image.size)
+    long = min(round(max(image.size) * sizing.shorter / short), width)
+    size = (long, sizing.side) if image.width >= image.height else (sizing.side, long)
+    margins = [max(0, (has - kept * short / sizing.shorter) / 2) for has, kept in zip(image.size, size, strict=True)]
+    box = (*margins, image.width - margins[0], image.height - margins[1])
+    return image.resize(size, Image.Resampling[sizing.interpolation.upper()], box)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -400,15 +469,19 @@ class Files(torch.utils.data.Dataset):
     """Picture files in the stored form of Pictures, `side` x `width`; a list of places gives a Decoded."""
 
     paths: np.ndarray  # bytes: one block of memory, which workers share without copying it bit by bit
-    side: int
+    sizing: Sizing
     width: int
+
+    @property
+    def side(self) -> int:
+        return self.sizing.side
 
     def __getitem__(self, picks: list[int]) -> Decoded:
         images = np.zeros((len(picks), self.side, self.width, 3), np.uint8)
         extent, tall, sizes, bad = [], [], [], []
         for image, path in zip(images, map(os.fsdecode, self.paths[picks].tolist()), strict=True):
             try:
-                picture, size = read_picture(path, self.side, self.width)
+                picture, size = read_picture(path, self.sizing, self.width)
             except DataError as error:
                 picture, size = image[:0, :0], (0, 0)
                 bad.append((path, str(error)))
@@ -469,16 +542,19 @@ def load(
     strict: bool = False,
     workers: int = -1,
     memory_share: float = 0.4,
+    resize: int = 0,
+    interpolation: str = "bilinear",
 ) -> list[Pictures]:
     """The training and the test set of `cifar10`, `shapes`, or a folder of pictures, on `device`.
 
-    `limit` takes the first pictures of each split, classes balanced (0: all). Without `mean` and `std` both sets are
+    Pictures are made square as `Sizing(image_size, resize, interpolation)` says. `limit` takes the first of each split,
+    classes balanced (0: all). Without `mean` and `std` both sets are
     normalised by those of the first, the training pictures. A folder without `train/` is split by `val_fraction` (0.2
     if 0). Its bad files are named on standard error and left out, or refused if `strict`. It is kept in memory where
     it takes at most `memory_share` of what is free, and else streamed by `workers` processes (-1: one a core). Raises
     DataError.
     """
-    device, sets, listings = torch.device(device), [], {}
+    device, sets, listings, sizing = torch.device(device), [], {}, Sizing(image_size, resize, interpolation)
     workers = cores() if workers < 0 else workers
     for split in splits:
         if data == "shapes":
@@ -487,13 +563,13 @@ def load(
             pictures = cifar10(Path(data_dir), split, data_url)
         elif Path(data).is_dir():
             listings = listings or find_files(Path(data), splits, val_fraction or 0.2)
-            pictures = read_files(listings[split], image_size, limit, device, workers, memory_share)
+            pictures = read_files(listings[split], sizing, limit, device, workers, memory_share)
             report_bad(pictures, strict)
         else:
             raise DataError(f"no data {data!r}: neither cifar10 nor shapes nor a folder of pictures")
         if pictures.paths is None:  # cifar10 and shapes
             pictures = pictures.take(balanced(pictures.labels, pictures.classes, limit)) if limit else pictures
-            pictures = resized(pictures, image_size)
+            pictures = resized(pictures, sizing)
         sets.append(pictures)
     for pictures in sets:
         pictures.mean, pictures.std = tuple(mean) or sets[0].mean, tuple(std) or sets[0].std
@@ -515,12 +591,14 @@ def balanced(labels: Tensor, classes: list[str], limit: int) -> Tensor:
     return torch.argsort(rank, stable=True)[:limit].sort().values
 
 
-def resized(pictures: Pictures, side: int) -> Pictures:
-    """The same square pictures `side` pixels a side, resized as single pictures are."""
-    if pictures.side == side:
+def resized(pictures: Pictures, sizing: Sizing) -> Pictures:
+    """The same square pictures in another size: smaller ones are made here, larger ones batch by batch."""
+    if sizing.side == sizing.shorter == pictures.side:
         return pictures
+    if sizing.side > pictures.side:
+        return Enlarged(**vars(pictures), sizing=sizing)
     images = (Image.fromarray(image) for image in pictures.images.permute(0, 2, 3, 1).numpy())
-    smaller = np.stack([np.asarray(resize(image, side, side)) for image in images])
+    smaller = np.stack([np.asarray(resize(image, sizing, sizing.side)) for image in images])
     return replace(pictures, images=torch.from_numpy(smaller).permute(0, 3, 1, 2))
 
 
@@ -627,7 +705,7 @@ def place_of(path: str, root: Path) -> float:
 
 
 def read_files(
-    listing: Listing, side: int, limit: int, device: torch.device, workers: int, memory_share: float
+    listing: Listing, sizing: Sizing, limit: int, device: torch.device, workers: int, memory_share: float
 ) -> Pictures:
     """The pictures of a listing, all decoded and checked once; in memory if they fit, else Streamed."""
     labels = torch.tensor([listing.classes.index(name) for _, name in listing.files])
@@ -635,8 +713,8 @@ def read_files(
     # The order is mixed once and for all: in class order, unshuffled training would forget all but the last class.
     picks = picks[torch.randperm(len(picks), generator=torch.Generator().manual_seed(0))]
     paths = np.array([os.fsencode(listing.files[pick][0]) for pick in picks.tolist()])
-    files = Files(paths, side, stored_width(paths, side) if listing.split == "train" else side)
-    fits = len(paths) * side * files.width * 3 <= memory_share * free_memory(device)
+    files = Files(paths, sizing, stored_width(paths, sizing) if listing.split == "train" else sizing.side)
+    fits = len(paths) * files.side * files.width * 3 <= memory_share * free_memory(device)
     decoded, counts = decode_all(files, workers, fits, f"reading {listing.split}")
     good = decoded.extent > 0
     areas = decoded.sizes.prod(1).double()
@@ -649,12 +727,12 @@ def read_files(
         "paths": paths,
         "file_sizes": tuple(tuple(decoded.sizes[place].tolist()) for place in extremes),
         "bad": listing.bad + decoded.bad,
-        "extent": decoded.extent if files.width > side else None,
-        "tall": decoded.tall if files.width > side else None,
+        "extent": decoded.extent if files.width > files.side else None,
+        "tall": decoded.tall if files.width > files.side else None,
     }
     if good.any():
         what["mean"], what["std"] = statistics(counts)
-    pictures = Pictures(**what) if fits else Streamed(**what, workers=workers, size=(side, files.width))
+    pictures = Pictures(**what) if fits else Streamed(**what, workers=workers, sizing=sizing, width=files.width)
     return pictures if good.all() else pictures.take(good.nonzero().squeeze(1))
 
 
@@ -686,8 +764,8 @@ def decode_all(files: Files, workers: int, keep: bool, name: str) -> tuple[Decod
     return Decoded(images, extent, tall, sizes, bad), counts
 
 
-def stored_width(paths: np.ndarray, side: int) -> int:
-    """The width that the stored form needs for the longer sides, by a look at 64 of the files; at most twice `side`."""
+def stored_width(paths: np.ndarray, sizing: Sizing) -> int:
+    """The width that the stored form needs for longer sides, by a look at 64 of the files; at most twice the side."""
     longest = 1.0
     for path in paths[:: max(1, len(paths) // 64)]:
         try:
@@ -695,7 +773,7 @@ def stored_width(paths: np.ndarray, side: int) -> int:
                 longest = max(longest, max(image.size) / min(image.size))
         except Exception:  # bad files are named when all are read
             continue
-    return min(round(side * longest), 2 * side)
+    return min(round(sizing.shorter * longest), 2 * sizing.side)
 
 
 def report_bad(pictures: Pictures, strict: bool, most: int = 20) -> None:

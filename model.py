@@ -1,30 +1,40 @@
-"""The networks, what they are made of, and how they are saved and loaded.
+"""The networks, what they are made of, how trained weights get into them, and how they are saved and loaded.
 
-`python model.py` prints the network as a table, a line a layer; with `--log-dir` it draws it in TensorBoard.
+`python model.py` prints the network as a table, a line a layer; with `--log-dir` it draws it in TensorBoard. `--list`
+names all networks, `--checkpoint FILE` tells what a file holds, and `--export` makes it readable elsewhere.
 """
 
 import argparse
+import contextlib
 import difflib
+import importlib.util
+import inspect
 import io
+import json
 import math
 import os
+import re
 import sys
+import typing
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FORMAT = 1  # of a checkpoint; grows when an older reader could misread a newer file
-CONTENT = {"format": int, "model": dict, "classes": list, "image_size": int, "mean": list, "std": list}
-CONTENT |= {"state_dict": dict, "epoch": int, "metrics": dict, "config": dict}
+FORMAT = 2  # of a checkpoint; grows when an older reader could misread a newer file
+CONTENT = {"format": int, "model": dict, "classes": list, "image_size": int, "resize": int, "interpolation": str}
+CONTENT |= {"mean": list, "std": list, "state_dict": dict, "epoch": int, "metrics": dict, "config": dict}
 
 ACTIVATIONS = {"none": lambda: None, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "sigmoid": nn.Sigmoid}
+STEMS = ("standard", "small")
 LOSSES = ("cross_entropy", "mse", "l1")
+INTERPOLATIONS = ("bilinear", "bicubic")
+AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary classifiers (Szegedy et al. 2014, arxiv.org/abs/1409.4842, part 5)
 
 
 class CheckpointError(ValueError):
@@ -77,20 +87,135 @@ def named(**layers: nn.Module | None) -> nn.Sequential:
 NETWORKS = {"cifar_quick": CifarQuick}
 
 
-def create(name: str, options: dict) -> nn.Module:
-    """A new network of `NETWORKS`; `options` are its constructor's arguments, e.g. `{"classes": 10}`.
+class Appended(nn.Module):
+    """A whole network with a Linear behind its outputs, as the tutorial does with the 1,000 outputs of VGG16."""
 
-    Raises NetworkError for a network that is not there or options that do not work.
+    def __init__(self, network: nn.Module, outputs: int, classes: int):
+        super().__init__()
+        self.network = network
+        self.head = nn.Linear(outputs, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(answers(self.network(images))[0])
+
+
+def create(name: str, options: dict) -> nn.Module:
+    """A new network, of `NETWORKS` or of torchvision; `options` are its arguments, e.g. `{"classes": 10}`.
+
+    Torchvision's take `classes`, `image_size` and `stem`. With `append` (a number) the network has so many outputs, and
+    a Linear behind them gives the classes. Raises NetworkError for a network that is not there or options that do not
+    work.
     """
-    if name not in NETWORKS:
-        raise NetworkError(f"no network {name!r}; there are: {', '.join(NETWORKS)}{suggestion(name, NETWORKS)}")
-    return NETWORKS[name](**options)
+    if "append" in options:
+        inner = {key: value for key, value in options.items() if key != "append"} | {"classes": options["append"]}
+        return Appended(create(name, inner), options["append"], options["classes"])
+    if problem := unknown(name):
+        raise NetworkError(problem)
+    return NETWORKS[name](**options) if name in NETWORKS else from_torchvision(name, **options)
+
+
+def unknown(name: str) -> str | None:
+    """Why there is no such network, in words; None when there is one."""
+    if name in NETWORKS:
+        return None
+    known = [*NETWORKS, *torchvision_names()]
+    return None if name in known else f"no network {name!r}; python model.py --list has all{suggestion(name, known)}"
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """What the user may have meant, as the end of an error message; nothing if nothing is close."""
     close = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+# ---- torchvision's networks ----------------------------------------------------------------------------------------
+
+
+def torchvision_names() -> list[str]:
+    """The names of torchvision's classification networks; it is imported when it is needed, since it takes a while."""
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def from_torchvision(name: str, classes: int = 10, image_size: int = 32, stem: str = "standard") -> nn.Module:
+    """One of torchvision's networks, initialised as its authors do. Raises NetworkError where `stem` does not fit."""
+    from torchvision import models
+
+    builder = models.get_model_builder(name)
+    extra = {
+        "image_size": image_size,  # vision transformers
+        "input_size": (image_size, image_size),  # MaxViT
+        "transform_input": True,  # Inception and GoogLeNet: their ImageNet weights want the pixels in another range
+        "init_weights": True,
+    }
+    takes = inspect.signature(typing.get_type_hints(builder)["return"]).parameters
+    network = builder(num_classes=classes, **{key: value for key, value in extra.items() if key in takes})
+    if stem == "small":
+        use_small_stem(network, name)
+    return network
+
+
+def use_small_stem(network: nn.Module, name: str) -> None:
+    """Make a network that begins as ResNet does (a stride-2 convolution, pooling) keep small pictures' resolution.
+
+    The convolution becomes 3x3 with stride 1, the pooling goes: He et al. 2015 (arxiv.org/abs/1512.03385, part 4.2).
+    """
+    layers = ((place, layer) for place, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.MaxPool2d))
+    place, first = next(layers)
+    if first.stride != (2, 2):
+        raise NetworkError(f"--stem small: {name} does not begin with a stride-2 convolution; use --stem standard")
+    conv = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=first.bias is not None)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    network.set_submodule(place, conv)
+    place, layer = next(layers)
+    if isinstance(layer, nn.MaxPool2d):
+        network.set_submodule(place, nn.Identity())
+
+
+class Uninitialised(torch.overrides.TorchFunctionMode):
+    """Networks made in this context have weights without memory and values ("meta"), until loaded ones replace them.
+
+    Layers make their weights of `torch.empty`; whatever else a constructor computes is real.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
+
+
+def check(name: str, options: dict, batch_size: int = 2) -> None:
+    """Raise NetworkError, with the size that would do, if a network cannot train on pictures of `image_size`."""
+
+    def problem(side: int) -> str | None:
+        try:
+            with Uninitialised():
+                network = create(name, options | {"image_size": side}).to("meta")  # shapes alone, nothing is computed
+            network.train()(torch.zeros(min(batch_size, 2), 3, side, side, device="meta"))
+        except NetworkError:
+            raise
+        except Exception as error:  # each network has its own way to fail
+            return " ".join(str(error).split())[:100] or type(error).__name__
+        return None
+
+    bad = options["image_size"]
+    if not (reason := problem(bad)):
+        return
+    good = next((side for side in (64, 128, 224, 299, 384, 512) if side > bad and not problem(side)), None)
+    if good is None:
+        raise NetworkError(f"{name} cannot train on {batch_size} pictures of {bad} x {bad} pixels a step: {reason}")
+    failed = bad
+    while good - failed > 1:  # what fails for want of pixels does so below one size
+        middle = (failed + good) // 2
+        failed, good = (middle, good) if problem(middle) else (failed, middle)
+    raise NetworkError(f"{name} cannot train on pictures of {bad} x {bad} pixels ({reason}); add --image-size {good}")
+
+
+# ---- outputs and losses --------------------------------------------------------------------------------------------
+
+
+def answers(output: Tensor | tuple) -> tuple[Tensor, ...]:
+    """The logits, then those of the auxiliary classifiers that GoogLeNet and Inception have while they train."""
+    return (output,) if isinstance(output, Tensor) else tuple(logits for logits in output if logits is not None)
 
 
 def loss_function(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label_smoothing: float = 0.0) -> Tensor:
@@ -133,17 +258,196 @@ def score(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> tuple[
     return loss_function(logits, labels, kind).item(), correct / len(labels)
 
 
+# ---- standing on trained networks ----------------------------------------------------------------------------------
+
+
+def head_keys(name: str, options: dict) -> list[str]:
+    """The names of the weights that make the outputs: those whose shapes depend on the number of classes.
+
+    These are the last layer's, which come last, and those of auxiliary classifiers' last layers.
+    """
+    with Uninitialised():
+        few, more = (create(name, options | {"classes": classes}).state_dict() for classes in (2, 3))
+    return [key for key in few if few[key].shape != more[key].shape]
+
+
+def trained(source: str, name: str) -> dict:
+    """What training can start from, as a checkpoint: torchvision's best ImageNet weights, or the file `source`.
+
+    Raises NetworkError where there are none for this network, CheckpointError for a file that cannot be used.
+    """
+    if source != "imagenet":
+        checkpoint = read(source)
+        if (held := checkpoint["model"]["name"]) != name:
+            raise NetworkError(f"--weights {source}: it holds {held}, not {name}; add --model {held}")
+        return checkpoint
+    if name in NETWORKS:
+        raise NetworkError(f"--weights imagenet: there are none for {name}; take a network of torchvision")
+    from torchvision import models
+
+    weights = models.get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    how = weights.transforms()
+    try:
+        state_dict = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+    except Exception as error:  # of the network, the disk, or a damaged file
+        if file.exists():
+            raise CheckpointError(f"{file}: damaged or not {name}'s weights; delete it to download it again") from error
+        reason = getattr(error, "reason", error)
+        raise CheckpointError(f"{weights.url} could not be downloaded ({reason}); put it at {file}") from error
+    # The published DenseNets are older than their layers' names.
+    old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")
+    for key in [key for key in state_dict if old.search(key)]:
+        state_dict[old.sub(r"\1\2", key)] = state_dict.pop(key)
+    return {
+        "model": {"name": name, "options": {"classes": 1000, "image_size": how.crop_size[0], "stem": "standard"}},
+        "classes": weights.meta["categories"],
+        "image_size": how.crop_size[0],
+        "resize": how.resize_size[0],
+        "interpolation": how.interpolation.value,
+        "mean": how.mean,
+        "std": how.std,
+        "state_dict": state_dict,
+    }
+
+
+def transfer(network: nn.Module, state_dict: dict, new: Collection[str], source: str) -> None:
+    """Put trained weights into a network, but for those named in `new`; raises CheckpointError if any do not fit."""
+    own = network.state_dict()
+    if misfit := misfits(own, state_dict, new):
+        raise CheckpointError(f"{source}: its weights do not fit the network: {misfit}")
+    content = OrderedDict(state_dict) | {key: own[key] for key in new}
+    content._metadata = getattr(state_dict, "_metadata", None)  # versions of the layers, which some look at
+    network.load_state_dict(content)
+
+
+def misfits(wanted: dict, given: dict, new: Collection[str] = ()) -> str:
+    """What is missing, unexpected or of another shape in a state_dict, by name; empty when all is well."""
+    # Batch normalisations did not count their batches before PyTorch 0.4.1; nothing here uses the count.
+    missing = [key for key in wanted if key not in given and key not in new and "num_batches_tracked" not in key]
+    unexpected = [key for key in given if key not in wanted]
+    wrong = [
+        f"{key} {list(given[key].shape)} in place of {list(wanted[key].shape)}"
+        for key in wanted
+        if key in given and key not in new and given[key].shape != wanted[key].shape
+    ]
+    found = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
+    return "; ".join(
+        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in found.items()
+        if names
+    )
+
+
+def stages(network: nn.Module, head: Collection[str]) -> dict[str, int]:
+    """The stage of every parameter by its name, in the order of the network, from 1; 0 for the head.
+
+    Stages are the network's direct parts. Where these are fewer than four, the largest is unfolded into its own.
+    Normalisation belongs to the stage before it; parameters outside of all parts (ViT's class token) to the first.
+    """
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters() if name not in head}
+
+    def size(part: str) -> int:
+        return sum(count for name, count in sizes.items() if name.startswith(f"{part}."))
+
+    def inside(part: str) -> list[str]:
+        children = (f"{part}.{name}".lstrip(".") for name, _ in network.get_submodule(part).named_children())
+        return [child for child in children if size(child)]
+
+    parts = inside("")
+    while len(parts) < 4 and (folded := [part for part in parts if inside(part)]):
+        largest = max(folded, key=size)
+        parts[parts.index(largest) : parts.index(largest) + 1] = inside(largest)
+    found, number = dict.fromkeys(sizes, 1) | dict.fromkeys(head, 0), 0
+    for part in parts:
+        names = [name for name in sizes if name.startswith(f"{part}.")]
+        number += number == 0 or any(network.get_parameter(name).ndim > 1 for name in names)
+        found |= dict.fromkeys(names, number)
+    return found
+
+
+def freeze(network: nn.Module, head: Collection[str], count: int | None) -> None:
+    """Make the first `count` stages (None: all but the head) keep their weights; NetworkError if there are fewer."""
+    stage_of = stages(network, head)
+    if count is not None and count > max(stage_of.values()):
+        raise NetworkError(f"--freeze {count}: there are {max(stage_of.values())} stages before the head")
+    for name, parameter in network.named_parameters():
+        if 0 < stage_of[name] <= (count or max(stage_of.values())):
+            parameter.requires_grad_(False)
+
+
+def train_mode(network: nn.Module) -> None:
+    """Training mode, but for what is frozen: dropout and the statistics of batch normalisation rest there too."""
+    network.train()
+    before_all_that_trains = True
+    for module in network.modules():
+        own = list(module.parameters())
+        if any(parameter.requires_grad for parameter in own):
+            before_all_that_trains &= bool(list(module.children()))
+        elif own or (before_all_that_trains and not list(module.children())):
+            module.eval()
+
+
+class HeadOnly(nn.Module):
+    """A network of which the last layer alone trains: all before it runs in eval mode and without gradients.
+
+    Raises NetworkError for a network that does more behind its last layer than the Sequential it stands in.
+    """
+
+    def __init__(self, network: nn.Module, head: list[str], image_size: int):
+        super().__init__()
+        place, _, last = head[-1].rpartition(".")[0].rpartition(".")
+        parent = network.get_submodule(place)
+        self.network, self.head = network, getattr(parent, last)
+        layers = list(parent.named_children())
+        behind = [layer for name, layer in layers[[name for name, _ in layers].index(last) :]]
+        # A Sequential goes on behind the head (SqueezeNet averages its outputs over the picture there).
+        self.tail = nn.Sequential(*(behind if isinstance(parent, nn.Sequential) else [self.head]), nn.Flatten())
+        self.eval()
+        image = torch.zeros(1, 3, image_size, image_size, device=self.head.weight.device)
+        if not torch.allclose(self(image), network(image), atol=1e-4):
+            raise NetworkError("--freeze all: this network goes on behind its last layer; freeze a number of stages")
+
+    def train(self, mode: bool = True) -> "HeadOnly":
+        super().train(mode)
+        self.network.eval()
+        self.tail.train(mode)
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head gets to see of images `(N, 3, H, W)`: float, of any shape `(N, ...)`."""
+        seen = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            with torch.no_grad():
+                self.network(images)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tail(self.features(images))
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
 def save(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint so that a file called `path` is always whole: aside, flushed to disk, then renamed.
+    """Write a checkpoint so that a file called `path` is always whole.
 
     Raises OSError when the disk refuses; what was at `path` before is then still there.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = io.BytesIO()  # torch.save hides a full disk's OSError behind an error of its own
     torch.save(checkpoint, content)
+    write(path, content.getbuffer())
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all: aside, flushed to disk, then renamed. Raises OSError."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
-            file.write(content.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -159,10 +463,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     """
     checkpoint = read(path, device)
     try:
-        # On "meta" nothing is allocated or initialised; the checkpoint's tensors become the parameters themselves.
-        with torch.device("meta"):
+        with Uninitialised():
             network = create(checkpoint["model"]["name"], checkpoint["model"]["options"]).eval()
-        network.load_state_dict(checkpoint["state_dict"], assign=True)
+        if misfit := misfits(network.state_dict(), checkpoint["state_dict"]):
+            raise ValueError(misfit)
+        network.load_state_dict(checkpoint["state_dict"], assign=True)  # these tensors become the weights, uncopied
         network.to(device, torch.float32)
         with torch.inference_mode():
             answer = network(torch.zeros(1, 3, checkpoint["image_size"], checkpoint["image_size"], device=device))
@@ -192,8 +497,10 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
         raise CheckpointError(f"{path}: the file {problem}") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise CheckpointError(f"{path}: not a whole checkpoint of train.py")
-    if checkpoint["format"] != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']!r}; this version reads {FORMAT}")
+    if checkpoint["format"] == 1:  # pictures were never resized further than to `image_size`
+        checkpoint = {"resize": checkpoint.get("image_size"), "interpolation": "bilinear"} | checkpoint
+    elif checkpoint["format"] != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']!r}; this version reads 1 to {FORMAT}")
     for key, kind in CONTENT.items():
         if not isinstance(checkpoint.get(key), kind):
             raise CheckpointError(f"{path}: the checkpoint's {key!r} is missing or not of type {kind.__name__}")
@@ -204,21 +511,25 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
         or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
         or min(checkpoint["std"]) <= 0
         or not all(isinstance(name, str) for name in checkpoint["classes"])
-        or not 1 <= checkpoint["image_size"] <= 4096
+        or not 1 <= checkpoint["image_size"] <= checkpoint["resize"] <= 4096
+        or checkpoint["interpolation"] not in INTERPOLATIONS
         or checkpoint["config"].get("loss", LOSSES[0]) not in LOSSES
     ):
         raise CheckpointError(f"{path}: the checkpoint's classes, sizes, mean, std or config hold impossible values")
     return checkpoint
 
 
-def table(network: nn.Module, image_size: int) -> str:
-    """A line a layer: name, output shape of one picture, parameters, multiply-adds; the total in the last line."""
+# ---- looking at networks -------------------------------------------------------------------------------------------
+
+
+def table(network: nn.Module, image_size: int, head: Collection[str] = ()) -> str:
+    """A line a layer: its stage, name, output shape of one picture, parameters, multiply-adds; totals at the end."""
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes, hooks, training = {}, [], network.training
     layers = {name: layer for name, layer in network.named_modules() if not list(layer.children())}
     for name, layer in layers.items():
-        hook = lambda _, __, output, name=name: shapes.update({name: tuple(output.shape[1:])})  # noqa: E731
+        hook = lambda _, __, output, name=name: shapes.update({name: getattr(output, "shape", ())[1:]})  # noqa: E731
         hooks.append(layer.register_forward_hook(hook))
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -228,13 +539,54 @@ def table(network: nn.Module, image_size: int) -> str:
         hook.remove()
     flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
-    lines = [f"{'layer':20} {'output':>14} {'parameters':>12} {'multiply-adds':>14}"]
+    stage_of, width = stages(network, head), max(map(len, [*shapes, "layer"]))
+    lines = [f"{'stage':>5}  {'layer':{width}} {'output':>16} {'parameters':>12} {'multiply-adds':>15}"]
     for name, shape in shapes.items():
+        of_layer = [key for key, _ in layers[name].named_parameters(name)]
+        stage = (stage_of[of_layer[0]] or "head") if of_layer else ""
         count = sum(p.numel() for p in layers[name].parameters())
         size = " x ".join(map(str, shape))
-        lines.append(f"{name:20} {size:>14} {count:>12,} {flops.get(name, 0) // 2:>14,}")
+        lines.append(f"{stage:>5}  {name:{width}} {size:>16} {count:>12,} {flops.get(name, 0) // 2:>15,}")
     count = sum(p.numel() for p in network.parameters())
-    lines.append(f"{'total':20} {'':14} {count:>12,} {counter.get_total_flops() // 2:>14,}")
+    lines.append(f"{'':5}  {'total':{width}} {'':16} {count:>12,} {counter.get_total_flops() // 2:>15,}")
+    return "\n".join(lines)
+
+
+def listing() -> str:
+    """All networks, a line each: parameters (with torchvision's 1,000 classes), and what their ImageNet weights are."""
+    from torchvision import models
+
+    lines = [f"{'network':20} {'parameters':>12}   ImageNet weights"]
+    for name, network in NETWORKS.items():
+        lines.append(f"{name:20} {sum(p.numel() for p in network().parameters()):>12,}   none")
+    for name in torchvision_names():
+        weights = models.get_model_weights(name).DEFAULT
+        accuracy = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+        what = f"{accuracy:.1f} % at {weights.transforms().crop_size[0]} pixels, {weights.meta['_file_size']:,.0f} MB"
+        lines.append(f"{name:20} {weights.meta['num_params']:>12,}   {what}")
+    return "\n".join(lines)
+
+
+def describe(path: str | Path) -> str:
+    """What a checkpoint holds, in lines; raises CheckpointError."""
+    network, checkpoint = load(path)
+    options = ", ".join(f"{key} {value}" for key, value in checkpoint["model"]["options"].items())
+    count = sum(p.numel() for p in network.parameters())
+    side, resize = checkpoint["image_size"], checkpoint["resize"]
+    cut = f", the middle of {resize} pixels on the shorter side" if resize > side else ""
+    rows = {
+        "file": f"{path}, {Path(path).stat().st_size / 1e6:,.1f} MB, format {checkpoint['format']}",
+        "network": f"{checkpoint['model']['name']} ({options}), {count:,} parameters",
+        "classes": f"{len(checkpoint['classes'])}: {', '.join(checkpoint['classes'])}",
+        "pictures": f"{side} x {side} pixels, {checkpoint['interpolation']}{cut}",
+        "mean": ", ".join(f"{value:.4f}" for value in checkpoint["mean"]),
+        "std": ", ".join(f"{value:.4f}" for value in checkpoint["std"]),
+        "epoch": checkpoint["epoch"],
+        "training": "can be resumed" if "training" in checkpoint else "left out, to classify pictures",
+    }
+    lines = [f"{name:9} {what}" for name, what in rows.items()]
+    for name in ("metrics", "config"):
+        lines += ["", name, *(f"    {key} = {json.dumps(value)}" for key, value in checkpoint[name].items())]
     return "\n".join(lines)
 
 
@@ -251,34 +603,136 @@ def write_graph(writer, network: nn.Module, images: Tensor) -> None:
     network.train(training)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A network as a table, a line a layer.", allow_abbrev=False)
-    parser.add_argument("--model", default="cifar_quick", choices=NETWORKS, help="default: cifar_quick")
+# ---- for other programs --------------------------------------------------------------------------------------------
+
+
+class Exported(nn.Module):
+    """A network with its normalisation: float pictures `(N, 3, H, W)` in [0, 1] -> logits `(N, classes)`."""
+
+    def __init__(self, network: nn.Module, mean: list[float], std: list[float]):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+def export(source: str | Path, path: Path) -> None:
+    """Write a checkpoint's network as `.pt2` (torch.export) or `.onnx`, for any batch size, normalisation inside.
+
+    The file is kept only if it gives the network's own logits. Raises CheckpointError where that fails, OSError.
+    """
+    network, checkpoint = load(source)
+    exported = Exported(network, checkpoint["mean"], checkpoint["std"]).eval()
+    side = checkpoint["image_size"]
+    facts = {key: checkpoint[key] for key in ("classes", "image_size", "resize", "interpolation")}
+    pack = {".pt2": as_pt2, ".onnx": as_onnx}[path.suffix]
+    try:
+        # Where exporters fail, they print whole graphs to standard error.
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+            content, run = pack(exported, torch.rand(2, 3, side, side), json.dumps(facts))
+            for count in (1, 3):
+                images = torch.rand(count, 3, side, side)
+                with torch.no_grad():
+                    torch.testing.assert_close(run(images), exported(images), rtol=1e-3, atol=1e-4)
+    except Exception as error:  # exporters raise all kinds for what they cannot trace
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{source}: {path} was not written, the export failed: {reason}") from error
+    write(path, content)
+
+
+def as_pt2(network: nn.Module, images: Tensor, facts: str) -> tuple[bytes, typing.Callable[[Tensor], Tensor]]:
+    """The bytes of a file for `torch.export.load`, and the function that it loads as; `facts` is in its extra files."""
+    file = io.BytesIO()
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.export.save(
+        torch.export.export(network, (images,), dynamic_shapes=shapes), file, extra_files={"facts": facts}
+    )
+    return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
+
+
+def as_onnx(network: nn.Module, images: Tensor, facts: str) -> tuple[bytes, typing.Callable[[Tensor], Tensor]]:
+    """The bytes of an ONNX file, with `facts` in its metadata, and the function that onnx's evaluator makes of them."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    shapes = ({0: torch.export.Dim("batch")},)
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    program = torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+    onnx.helper.set_model_props(proto := program.model_proto, {"facts": facts})
+    evaluator = ReferenceEvaluator(proto)
+    run = lambda images: torch.from_numpy(evaluator.run(None, {"images": images.numpy()})[0])  # noqa: E731
+    return proto.SerializeToString(), run
+
+
+# ---- the script ----------------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", default="cifar_quick", help="the network (default: cifar_quick)")
     parser.add_argument("--classes", type=int, default=10, help="default: 10")
     parser.add_argument("--image-size", type=int, default=32, help="side of a picture in pixels (default: 32)")
-    parser.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--activation", default="relu", choices=ACTIVATIONS, help="default: relu")
+    parser.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=True, help="of cifar_quick")
+    parser.add_argument("--activation", default="relu", choices=ACTIVATIONS, help="of cifar_quick (default: relu)")
+    parser.add_argument("--stem", default="standard", choices=STEMS, help="of torchvision's networks")
     parser.add_argument("--log-dir", help="also write the graph for TensorBoard into this folder")
+    parser.add_argument("--list", action="store_true", help="name all networks")
+    parser.add_argument("--checkpoint", metavar="FILE", help="tell what a checkpoint holds")
+    parser.add_argument("--export", type=Path, metavar="OUT", help="write --checkpoint as .pt2 (torch.export) or .onnx")
     parser.error = lambda message: parser.exit(2, f"model.py: {message}\n")
     args = parser.parse_args(argv)
-    if args.classes < 1:
-        parser.error(f"--classes {args.classes}: must be at least 1")
-    options = {key: getattr(args, key) for key in ("classes", "image_size", "batch_norm", "activation")}
-    try:
-        network = create(args.model, options)
-    except NetworkError as error:
-        parser.error(str(error))
-    print(table(network, args.image_size))
+    for name in ("classes", "image_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.export and not args.checkpoint:
+        parser.error("--export: give --checkpoint FILE too")
+    if args.export and args.export.suffix not in (".pt2", ".onnx"):
+        parser.error(f"--export {args.export}: the file's name must end in .pt2 or .onnx")
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if args.export and args.export.suffix == ".onnx" and missing:
+        parser.error(f"--export {args.export}: first run `pip install {' '.join(missing)}`")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.list:
+        print(listing())
+        return
+    if args.checkpoint:
+        if not args.export:
+            print(describe(args.checkpoint))
+            return
+        export(args.checkpoint, args.export)
+        print(f"{args.export}: {args.export.stat().st_size / 1e6:,.1f} MB, gives the network's own answers")
+        return
+    options = {"classes": args.classes, "image_size": args.image_size}
+    options |= {"batch_norm": args.batch_norm, "activation": args.activation} if args.model in NETWORKS else {}
+    options |= {"stem": args.stem} if args.model not in NETWORKS or args.stem != "standard" else {}
+    check(args.model, options)
+    network = create(args.model, options)
+    print(table(network, args.image_size, head_keys(args.model, options)))
     if args.log_dir:
         from torch.utils.tensorboard import SummaryWriter
 
-        try:
-            with SummaryWriter(args.log_dir) as writer:
-                write_graph(writer, network, torch.zeros(1, 3, args.image_size, args.image_size))
-        except OSError as error:
-            sys.exit(f"model.py: {args.log_dir}: {error.strerror}")
+        with SummaryWriter(args.log_dir) as writer:
+            write_graph(writer, network, torch.zeros(1, 3, args.image_size, args.image_size))
         print(f"tensorboard --logdir {args.log_dir}")
 
 
+def cli(argv: list[str] | None = None) -> int:
+    """main() for the command line: a user's mistake ends in one line, not in a traceback."""
+    try:
+        main(argv)
+    except (NetworkError, CheckpointError, OSError) as error:
+        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"model.py: {where}", file=sys.stderr)
+        return 2 if isinstance(error, NetworkError) else 1
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli())

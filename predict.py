@@ -19,7 +19,7 @@ import datasets
 import model
 from device import DeviceError, memory_format, pick
 
-BATCH = 250
+BATCH = 250  # pictures in memory at a time
 
 
 def newest_checkpoint(log_dir: Path = Path("logs")) -> Path:
@@ -33,8 +33,9 @@ def newest_checkpoint(log_dir: Path = Path("logs")) -> Path:
 
 def classify(network: nn.Module, checkpoint: dict, images: Tensor) -> Tensor:
     """Class probabilities `(N, classes)` of uint8 images `(N, 3, image_size, image_size)`, on the images' device."""
-    batch = datasets.normalize(images, checkpoint["mean"], checkpoint["std"])
-    logits, _ = model.outputs(network, [(batch, torch.empty(0))])
+    parts = images.split(datasets.evaluation_batch(checkpoint["image_size"]))
+    batches = (datasets.normalize(part, checkpoint["mean"], checkpoint["std"]) for part in parts)
+    logits, _ = model.outputs(network, ((batch, torch.empty(0)) for batch in batches))
     return model.probabilities(logits, checkpoint["config"].get("loss", "cross_entropy"))
 
 
@@ -45,13 +46,18 @@ def find(names: list[str]) -> Iterator[str | Path]:
         yield from inside or [name]
 
 
-def read(name: str | Path, side: int) -> Tensor | None:
+def sizing(checkpoint: dict) -> datasets.Sizing:
+    """How the checkpoint's network had its pictures resized."""
+    return datasets.Sizing(checkpoint["image_size"], checkpoint["resize"], checkpoint["interpolation"])
+
+
+def read(name: str | Path, sizing: datasets.Sizing) -> Tensor | None:
     """A picture as uint8 `(side, side, 3)`; None, with the reason on standard error, for one that can't be read."""
     try:
         if name != "-" and Path(name).is_dir():
             raise datasets.DataError("no pictures in this folder")
         source = io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"") if name == "-" else name
-        return torch.from_numpy(datasets.read_picture(source, side)[0].copy())
+        return torch.from_numpy(datasets.read_picture(source, sizing)[0].copy())
     except datasets.DataError as error:
         print(f"predict.py: {name}: {error}", file=sys.stderr)
         return None
@@ -62,7 +68,7 @@ def answers(names: Iterable[str | Path], network: nn.Module, checkpoint: dict, d
     names = list(names)
     for start in range(0, len(names), BATCH):
         batch = names[start : start + BATCH]
-        pictures = [read(name, checkpoint["image_size"]) for name in batch]
+        pictures = [read(name, sizing(checkpoint)) for name in batch]
         readable = [picture for picture in pictures if picture is not None]
         shares = iter(())
         if readable:
@@ -99,14 +105,14 @@ def report(pairs: Iterator, classes: list[str], top_k: int, form: str) -> int:
 def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, device: torch.device) -> dict:
     """Loss, accuracy, accuracy a class and confusion counts (rows: truth) on a test set. Raises DataError."""
     classes, config = checkpoint["classes"], checkpoint["config"]
-    how = {"image_size": checkpoint["image_size"], "mean": checkpoint["mean"], "std": checkpoint["std"]}
+    how = {name: checkpoint[name] for name in ("image_size", "resize", "interpolation", "mean", "std")}
     how |= {"val_fraction": config.get("val_fraction", 0.0), "data_url": config.get("data_url", "")}
     [test_set] = datasets.load(data, data_dir, device=device, splits=["test"], **how)
     if strange := [name for name in test_set.classes if name not in classes]:
         raise datasets.DataError(f"{data}: the checkpoint does not know class {strange[0]!r}; {', '.join(classes)}")
     renumber = torch.tensor([classes.index(name) for name in test_set.classes], device=device)
     test_set.labels = renumber[test_set.labels]
-    logits, labels = model.outputs(network, test_set.batches(BATCH))
+    logits, labels = model.outputs(network, test_set.batches(test_set.evaluation_batch))
     loss, accuracy = model.score(logits, labels, config.get("loss", "cross_entropy"))
     pairs = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
     confusion = pairs.view(len(classes), -1).tolist()

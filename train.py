@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 import datasets
 import model
 from device import DeviceError, autocast, memory_format, pick, pick_precision, seed, tune
-from model import ACTIVATIONS, LOSSES, NETWORKS, suggestion
+from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, suggestion
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
-EVALUATION_BATCH = 250
 
 
 class ConfigError(ValueError):
@@ -45,6 +44,10 @@ def setting(group: str, default: object, help: str, **rules: object) -> Field:
     return field(default=default, metadata={"group": group, "help": help, **rules})
 
 
+def bad_freeze(value: str) -> str | None:
+    return None if value == "all" or value.isdecimal() else f"{value!r} is neither a number of stages nor all"
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run: a key of the config files, and a flag of the same name."""
@@ -54,13 +57,27 @@ class Config:
     data_url: str = setting("data", "", "download CIFAR-10 from here, not from its known mirrors")
     strict: bool = setting("data", False, "stop at bad files in place of leaving them out")
     image_size: int = setting(
-        "data", 32, "side of the pictures that the network gets, in pixels", at_least=1, at_most=4096
+        "data",
+        0,
+        "side of the network's pictures, in pixels; 0: as --weights had it, else 32",
+        at_least=0,
+        at_most=4096,
+    )
+    resize: int = setting(
+        "data",
+        0,
+        "pixels of the shorter side before the middle is cut out; 0: like image_size",
+        at_least=0,
+        at_most=4096,
+    )
+    interpolation: str = setting(
+        "data", "auto", "how pictures are resized; auto: as --weights had it", choices=("auto", *INTERPOLATIONS)
     )
     limit: int = setting("data", 0, "take the first N pictures a split, classes balanced: a quick try", at_least=0)
     val_fraction: float = setting(
         "data", 0.0, "hold this share of training out, choose the best epoch on it, test once", at_least=0, below=1
     )
-    mean: tuple = setting("data", (), "of the three channels, pixels in [0, 1]; measured if not given")
+    mean: tuple = setting("data", (), "of the three channels, pixels in [0, 1]; () is that of --weights, else measured")
     std: tuple = setting("data", (), "like mean", above=0)
     shuffle: bool = setting("data", True, "a new order every epoch")
     flip: bool = setting("data", False, "augmentation: mirror half the training pictures")
@@ -73,13 +90,23 @@ class Config:
         "data", 0.0, "augmentation: enlarge a part of at least this share of the area; 0: none", at_least=0, at_most=1
     )
 
-    model: str = setting("network", "cifar_quick", "the network", choices=tuple(NETWORKS))
-    batch_norm: bool = setting("network", True, "batch normalisation in every stage")
-    activation: str = setting("network", "relu", "the activation function", choices=tuple(ACTIVATIONS))
+    model: str = setting("network", "cifar_quick", "the network: `python model.py --list`", check=model.unknown)
+    batch_norm: bool = setting("network", True, "of cifar_quick: batch normalisation in every stage")
+    activation: str = setting("network", "relu", "of cifar_quick: the activation", choices=tuple(ACTIVATIONS))
+    stem: str = setting("network", "standard", "small: ResNets and the like keep small pictures' size", choices=STEMS)
+    weights: str = setting("network", "none", "start from: none, imagenet, or a checkpoint")
+    head: str = setting(
+        "network",
+        "auto",
+        "replace the last layer, or append one behind it; auto: replace, unless --weights has the same classes",
+        choices=("auto", "replace", "append"),
+    )
+    freeze: str = setting("network", "0", "the first N stages stay as they are, or all but the head", check=bad_freeze)
 
     epochs: int = setting("recipe", 10, "passes over the training pictures", at_least=1)
     batch_size: int = setting("recipe", 64, "pictures a step", at_least=1)
     lr: float = setting("recipe", 0.01, "learning rate, at its highest", above=0)
+    backbone_lr: float = setting("recipe", 0.0, "the same for all but the head; 0: like lr", at_least=0)
     schedule: str = setting("recipe", "constant", "of the learning rate", choices=("constant", "onecycle", "cosine"))
     momentum: float = setting("recipe", 0.0, "of SGD", at_least=0, below=1)
     nesterov: bool = setting("recipe", False, "Nesterov's momentum")
@@ -144,6 +171,8 @@ def read_config(path: Path) -> Config:
 def checked(values: dict, called: Callable[[str], str]) -> Config:
     """A Config of these values; raises ConfigError for an impossible one, by the name that the user `called` it."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if type(values.get("freeze")) is int:  # `freeze = 2` is what one writes into a file
+        values["freeze"] = str(values["freeze"])
     for key in fields(Config):
         if key.name in values and (trouble := problem(key, values[key.name])):
             raise ConfigError(f"{called(key.name)}: {trouble}")
@@ -172,6 +201,8 @@ def problem(key: Field, value: object) -> str | None:
         return f"{value!r} is not of type {key.type.__name__}"
     if "choices" in rules and value not in rules["choices"]:
         return f"{value!r} is not one of {', '.join(rules['choices'])}{suggestion(value, rules['choices'])}"
+    if trouble := "check" in rules and rules["check"](value):
+        return trouble
     numbers = value if key.type is tuple else (value,) if key.type in (int, float) else ()
     if key.type is tuple and len(value) not in (0, 3):
         return f"{list(value)} is not one number for each of the three channels"
@@ -193,14 +224,50 @@ def check_together(config: Config) -> None:
         raise ConfigError("--mean and --std: give both or neither")
     if config.nesterov and not config.momentum:
         raise ConfigError("--nesterov needs --momentum above 0; add --no-nesterov")
-    if max(config.crop, config.cutout) > config.image_size:
-        raise ConfigError(f"--crop and --cutout can be at most the image size, {config.image_size} pixels")
-    if config.batch_norm and config.batch_size == 1:
+    if config.model in NETWORKS and config.stem != "standard":
+        raise ConfigError(
+            f"--stem {config.stem}: it is for networks of torchvision; {config.model} takes small pictures"
+        )
+    if config.model not in NETWORKS and (config.activation, config.batch_norm) != ("relu", True):
+        raise ConfigError(
+            f"--activation and --no-batch-norm are not for {config.model}; add --activation relu --batch-norm"
+        )
+    if config.model in NETWORKS and config.head == "append" and config.weights == "none":
+        raise ConfigError(f"--head append: an untrained {config.model} has no outputs to append to; add --weights FILE")
+    if config.freeze != "0" and config.weights == "none":
+        raise ConfigError(f"--freeze {config.freeze}: untrained stages would stay random; add --weights")
+    if config.freeze == "all" and config.backbone_lr:
+        raise ConfigError("--backbone-lr: with --freeze all nothing but the head trains")
+    if config.model in NETWORKS and config.batch_norm and config.batch_size == 1:
         raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
     if config.run_name != Path(config.run_name).name or config.run_name == "..":
         raise ConfigError(f"--run-name {config.run_name}: a folder's name is wanted, without a path")
     if config.run_name and (Path(config.log_dir) / config.run_name).exists():
         raise ConfigError(f"--run-name {config.run_name}: {Path(config.log_dir) / config.run_name} exists already")
+
+
+def resolve(config: Config) -> tuple[Config, dict | None]:
+    """Fill in what depends on the weights to start from; also returns these, in the form of a checkpoint.
+
+    Raises ConfigError for settings that do not fit them, and what `model.trained` raises.
+    """
+    trained = None if config.weights == "none" else model.trained(config.weights, config.model)
+    had = trained or {"image_size": 32, "resize": 32, "interpolation": "bilinear", "mean": (), "std": ()}
+    size = config.image_size or had["image_size"]
+    # Another size than the weights' own is the user's choice, who then gets the whole of the shorter side.
+    resize = config.resize or (had["resize"] if size == had["image_size"] else size)
+    if resize < size:
+        raise ConfigError(f"--resize {resize} is below the image size, {size} pixels")
+    if max(config.crop, config.cutout) > size:
+        raise ConfigError(f"--crop and --cutout can be at most the image size, {size} pixels")
+    interpolation = had["interpolation"] if config.interpolation == "auto" else config.interpolation
+    mean, std = (config.mean, config.std) if config.mean else (tuple(had["mean"]), tuple(had["std"]))
+    config = replace(config, image_size=size, resize=resize, interpolation=interpolation, mean=mean, std=std)
+    for name, value in trained["model"]["options"].items() if trained else ():
+        if getattr(config, name, value) != value and name not in ("image_size", "classes"):
+            flag = "--no-batch-norm" if value is False else "--batch-norm" if value is True else f"--{name} {value}"
+            raise ConfigError(f"--weights {config.weights}: that network was trained otherwise; add {flag}")
+    return config, trained
 
 
 def as_toml(config: Config) -> str:
@@ -217,8 +284,9 @@ def as_toml(config: Config) -> str:
 class Trainer:
     """What a training step needs: the network, and what changes it."""
 
-    network: nn.Module  # the bare one, which is evaluated and saved
-    forward: Callable[[Tensor], Tensor]  # the same, compiled if the user wants it
+    network: nn.Module  # the bare and whole one, which is saved
+    trains: nn.Module  # the same, or the part of it that trains
+    forward: Callable[[Tensor], Tensor]  # that part, compiled if the user wants it
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler  # does nothing but in fp16
@@ -228,9 +296,13 @@ class Trainer:
     def step(self, images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
         """One step of SGD on a batch; returns its mean loss and its logits, without waiting for the device."""
         with autocast(self.device, self.precision):
-            logits = self.forward(images)
-            loss = model.loss_function(logits, labels, config.loss, config.label_smoothing)
-        self.scaler.scale(loss).backward()
+            logits, *auxiliary = model.answers(self.forward(images))
+            loss = total = model.loss_function(logits, labels, config.loss, config.label_smoothing)
+            for others in auxiliary:
+                total = total + model.AUXILIARY_WEIGHT * model.loss_function(
+                    others, labels, config.loss, config.label_smoothing
+                )
+        self.scaler.scale(total).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
@@ -258,42 +330,110 @@ def learning_rate(config: Config, steps: int, step: int) -> float:
 
 
 def make_trainer(
-    network: nn.Module, config: Config, steps: int, device: torch.device, precision: torch.dtype
+    network: nn.Module,
+    config: Config,
+    steps: int,
+    device: torch.device,
+    precision: torch.dtype,
+    head: Collection[str] = (),
+    trains: nn.Module | None = None,
 ) -> Trainer:
-    """The optimizer and its schedule for a run of `steps` steps."""
-    parameters = list(network.parameters())
+    """The optimizer and its schedule for a run of `steps` steps; `head` names the weights that `backbone_lr` leaves."""
+    parts = {}  # by (of the head, a matrix)
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault((name in head, parameter.ndim > 1), []).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "lr": config.lr if of_head else config.backbone_lr or config.lr,
+            "weight_decay": config.weight_decay if is_matrix else 0.0,
+        }
+        for (of_head, is_matrix), parameters in sorted(parts.items(), key=lambda part: part[0], reverse=True)
     ]
     fused = device.type in ("cpu", "cuda")  # one pass over all weights
     optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, steps, step))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    compiled = torch.compile(network) if config.compile else network
-    return Trainer(network, compiled, optimizer, schedule, scaler, device, precision)
+    trains = trains or network
+    compiled = torch.compile(trains) if config.compile else trains
+    return Trainer(network, trains, compiled, optimizer, schedule, scaler, device, precision)
 
 
 def load_data(config: Config, device: torch.device) -> list[datasets.Pictures]:
     """The training and the test set; with `val_fraction`, training, validation (held out of training) and test."""
-    how = {name: getattr(config, name) for name in ("data_url", "val_fraction", "strict", "workers", "memory_share")}
-    train_set, test_set = datasets.load(
-        config.data, config.data_dir, config.image_size, config.limit, device, config.mean, config.std, **how
-    )
+    names = ("data", "data_dir", "image_size", "resize", "interpolation", "limit", "mean", "std", "data_url")
+    names += ("val_fraction", "strict", "workers", "memory_share")
+    train_set, test_set = datasets.load(device=device, **{name: getattr(config, name) for name in names})
     if not config.val_fraction or test_set.split == "val":  # a folder without train/ was split by val_fraction already
         return [train_set, test_set]
     return [*train_set.hold_out(config.val_fraction, config.seed), test_set]
 
 
-def network_options(config: Config, train_set: datasets.Pictures) -> dict:
+def network_options(config: Config, classes: int, trained: dict | None = None) -> dict:
     """What the network's constructor gets; stored in the checkpoint, from which it is built again."""
-    options = {"classes": len(train_set.classes), "image_size": config.image_size}
-    return options | {"batch_norm": config.batch_norm, "activation": config.activation}
+    options = {"classes": classes, "image_size": config.image_size}
+    if config.model in NETWORKS:
+        options |= {"batch_norm": config.batch_norm, "activation": config.activation}
+    else:
+        options |= {"stem": config.stem}
+    outputs = trained["model"]["options"].get("append") if trained else None
+    if config.head == "append" and outputs:
+        raise ConfigError(f"--head append: {config.weights} has an appended layer already; add --head replace")
+    if config.head == "append":
+        outputs = len(trained["classes"]) if trained else 1000
+    return options | ({"append": outputs} if outputs else {})
+
+
+def build(config: Config, options: dict, classes: list[str], trained: dict | None) -> tuple[nn.Module, list[str]]:
+    """The network with its trained weights, frozen where `config` says so; and the names of its head's weights.
+
+    Raises NetworkError or CheckpointError.
+    """
+    network, head = model.create(config.model, options), model.head_keys(config.model, options)
+    if trained:
+        append, same_classes = config.head == "append", trained["classes"] == classes
+        new = () if append or (config.head == "auto" and same_classes) else head
+        source = f"{config.weights} (trained on {trained['image_size']} x {trained['image_size']} pixels)"
+        model.transfer(network.network if append else network, trained["state_dict"], new, source)
+    if config.freeze != "0":
+        model.freeze(network, head, None if config.freeze == "all" else int(config.freeze))
+    return network, head
+
+
+def augmentation(config: Config) -> datasets.Augment | None:
+    """The random changes of training pictures; None where there are none."""
+    augment = datasets.Augment(config.flip, config.crop, config.cutout, config.jitter, config.resized_crop)
+    return augment if augment != datasets.Augment() else None
 
 
 def training_batches(train_set: datasets.Pictures, config: Config, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    augment = datasets.Augment(config.flip, config.crop, config.cutout, config.jitter, config.resized_crop)
-    return train_set.batches(config.batch_size, config.shuffle, augment, config.seed, epoch)
+    return train_set.batches(config.batch_size, config.shuffle, augmentation(config), config.seed, epoch)
+
+
+def as_features(
+    sets: list[datasets.Pictures], frozen: model.HeadOnly, config: Config, precision: torch.dtype
+) -> list[datasets.Features] | None:
+    """What the frozen part makes of all pictures, computed once; None where it does not fit into memory."""
+    from tqdm import tqdm
+
+    device, found, start = sets[0].labels.device, [], time.perf_counter()
+    bar = tqdm(total=sum(map(len, sets)), desc="features", unit=" pictures", leave=False, disable=None)
+    for pictures in sets:
+        parts = []
+        for images, labels in pictures.batches(pictures.evaluation_batch):
+            with autocast(device, precision):
+                parts.append(frozen.features(images).float())
+            bar.update(len(labels))
+            size = parts[0][0].nbytes * bar.total
+            if not found and len(parts) == 1 and size > config.memory_share * datasets.free_memory(device):
+                bar.close()
+                print(f"features would take {size / 1e6:,.1f} MB: computed anew every epoch", file=sys.stderr)
+                return None
+        found.append(datasets.Features(torch.cat(parts), pictures.labels, pictures.classes, pictures.split))
+    bar.close()
+    print(f"features computed once, in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    return found
 
 
 def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, epoch: int, writer) -> dict:
@@ -301,7 +441,7 @@ def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, 
     from tqdm import tqdm
 
     seed(config.seed, epoch)
-    trainer.network.train()
+    model.train_mode(trainer.trains)
     steps = train_set.steps(config.batch_size)
     batches = training_batches(train_set, config, epoch)
     bar = tqdm(batches, f"epoch {epoch}", steps, unit=" steps", leave=False, disable=None)
@@ -339,7 +479,7 @@ def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, 
 def evaluate(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> dict:
     """Exact mean loss (without label smoothing) and accuracy over all pictures, in eval mode."""
     with autocast(trainer.device, trainer.precision):
-        logits, labels = model.outputs(trainer.network, pictures.batches(EVALUATION_BATCH))
+        logits, labels = model.outputs(trainer.trains, pictures.batches(pictures.evaluation_batch))
     loss, accuracy = model.score(logits, labels, config.loss)
     if not math.isfinite(loss):
         raise TrainingError(f"the {pictures.split} loss is {loss}; try a lower --lr")
@@ -392,15 +532,19 @@ def log(writer, run: Path, metrics: dict) -> None:
     writer.flush()  # so that a short or broken run shows all it did
 
 
-def save(run: Path, trainer: Trainer, train_set: datasets.Pictures, config: Config, metrics: dict, best: bool) -> None:
+def save(
+    run: Path, trainer: Trainer, options: dict, classes: list[str], config: Config, metrics: dict, best: bool
+) -> None:
     """Write the epoch's checkpoint, and best.pt (without what only resuming needs) when it is the best so far."""
     checkpoint = {
         "format": model.FORMAT,
-        "model": {"name": config.model, "options": network_options(config, train_set)},
-        "classes": train_set.classes,
+        "model": {"name": config.model, "options": options},
+        "classes": classes,
         "image_size": config.image_size,
-        "mean": list(train_set.mean),
-        "std": list(train_set.std),
+        "resize": config.resize,
+        "interpolation": config.interpolation,
+        "mean": list(config.mean),
+        "std": list(config.std),
         "state_dict": trainer.network.state_dict(),
         "epoch": metrics["epoch"],
         "metrics": metrics,
@@ -427,7 +571,7 @@ def finish(writer, run: Path, trainer: Trainer, sets: list[datasets.Pictures], b
         result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
     else:
         network, checkpoint = model.load(run / "best.pt", trainer.device)
-        test = evaluate(replace(trainer, network=network), sets[1], config)
+        test = evaluate(replace(trainer, trains=network), sets[1], config)
         for name, value in test.items():
             writer.add_scalar(f"{name.partition('_')[2]}/test", value, best["step"])
         model.save(run / "best.pt", checkpoint | {"metrics": best | test})
@@ -441,26 +585,46 @@ def quoted(path: str | Path) -> str:
     return f'"{path}"' if " " in str(path) else str(path)
 
 
+def say_what(config: Config, sets: Iterable[datasets.Pictures], network: nn.Module, device: torch.device) -> None:
+    """One line on standard error: the pictures, the network and its weights, the device."""
+    sizes = ", ".join(f"{len(pictures):,} {pictures.split}" for pictures in sets)
+    parameters = list(network.parameters())
+    count, training = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+    about = f"{config.model}: {count:,} parameters"
+    if training < count:
+        about += f", {training:,} of them trained"
+    if config.weights != "none":
+        about += f", from {config.weights}"
+    print(f"{config.data}: {sizes} pictures; {about}; {device}", file=sys.stderr)
+
+
 # ---- the story -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(argv)
+    config, trained = resolve(parse(argv))
     device = pick(config.device)
     precision = pick_precision(config.precision, device)
     tune(device)
+    model.check(config.model, network_options(config, 2, trained), config.batch_size)
 
     train_set, *eval_sets = load_data(config, device)  # the first of eval_sets chooses the best epoch
-    split = eval_sets[0].split
+    split, classes = eval_sets[0].split, train_set.classes
     config = replace(config, mean=train_set.mean, std=train_set.std)
 
     seed(config.seed)
-    network = model.create(config.model, network_options(config, train_set))
+    options = network_options(config, len(classes), trained)
+    network, head = build(config, options, classes, trained)
     network = network.to(device, memory_format=memory_format(device))
-    trainer = make_trainer(network, config, config.epochs * train_set.steps(config.batch_size), device, precision)
-    sizes = ", ".join(f"{len(pictures):,} {pictures.split}" for pictures in (train_set, *eval_sets))
-    parameters = sum(p.numel() for p in network.parameters())
-    print(f"{config.data}: {sizes} pictures; {config.model}: {parameters:,} parameters; {device}", file=sys.stderr)
+    steps = config.epochs * train_set.steps(config.batch_size)
+    say_what(config, (train_set, *eval_sets), network, device)
+
+    trains, epoch_sets = network, [train_set, eval_sets[0]]
+    if config.freeze == "all":
+        trains = model.HeadOnly(network, head, config.image_size)
+        if not augmentation(config) and (features := as_features(epoch_sets, trains, config, precision)):
+            trains, epoch_sets = trains.tail, features
+    trainer = make_trainer(network, config, steps, device, precision, head, trains)
 
     from torch.utils.tensorboard import SummaryWriter  # takes a while, so not before all is known to be right
 
@@ -468,11 +632,11 @@ def main(argv: list[str] | None = None) -> None:
     with SummaryWriter(run) as writer:
         show_start(writer, network, train_set, split, config)
         for epoch in range(1, config.epochs + 1):
-            metrics = train_epoch(trainer, train_set, config, epoch, writer)
-            metrics |= evaluate(trainer, eval_sets[0], config)
+            metrics = train_epoch(trainer, epoch_sets[0], config, epoch, writer)
+            metrics |= evaluate(trainer, epoch_sets[1], config)
             is_best = best is None or metrics[f"{split}_accuracy"] > best[f"{split}_accuracy"]
             best = metrics if is_best else best
-            save(run, trainer, train_set, config, metrics, is_best)
+            save(run, trainer, options, classes, config, metrics, is_best)
             log(writer, run, metrics)
             print(line(metrics, split, config, is_best), flush=True)
         finish(writer, run, trainer, eval_sets, best, config)

@@ -79,7 +79,7 @@ def make_photographs(root: Path, count: int, side: int = 256) -> None:
 def stream(root: Path, rounds: int, image_size: int = 224) -> None:
     [train_set] = datasets.load(str(root), image_size=image_size, memory_share=0, splits=["train"])
     plan = [list(range(start, min(start + 64, len(train_set)))) for start in range(0, len(train_set), 64)]
-    files = datasets.Files(train_set.paths, *train_set.size)
+    files = datasets.Files(train_set.paths, train_set.sizing, train_set.width)
     bare = datasets.decoder(files, plan, train_set.workers, torch.device("cpu"))
     chosen = [torch.tensor(picks) for picks in plan]
     augment = datasets.Augment(flip=True, crop=8)

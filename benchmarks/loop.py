@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="3 rounds")
     args, flags = parser.parse_known_args()
 
-    config = train.parse([*flags, "--data", "shapes"])
+    config, _ = train.resolve(train.parse([*flags, "--data", "shapes"]))
     device = pick(config.device)
     precision = pick_precision(config.precision, device)
     tune(device)
@@ -41,7 +41,7 @@ def main() -> None:
     steps = train_set.steps(config.batch_size)
 
     def new_trainer() -> train.Trainer:
-        network = model.create(config.model, train.network_options(config, train_set))
+        network = model.create(config.model, train.network_options(config, len(train_set.classes)))
         network = network.to(device, memory_format=memory_format(device)).train()
         return train.make_trainer(network, config, 10**6, device, precision)
 

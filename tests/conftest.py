@@ -17,6 +17,10 @@ ROOT = Path(__file__).parent.parent
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-networks", action="store_true", help="try all networks of torchvision, not one a family")
+
+
 def noisy(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
     """A picture of one colour with noise on it."""
     noise = np.random.RandomState(seed).randint(-30, 31, (size[1], size[0], 3))

@@ -238,7 +238,7 @@ def test_each_picture_has_its_own_draw():
     ],
 )
 def test_every_kind_of_png_becomes_rgb(image, expected):
-    picture, size = datasets.read_picture(io.BytesIO(as_bytes(image)), 32)
+    picture, size = datasets.read_picture(io.BytesIO(as_bytes(image)), datasets.Sizing(32))
     assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8 and size == image.size
     assert np.abs(picture.astype(int) - expected).max() <= 1
 
@@ -246,13 +246,13 @@ def test_every_kind_of_png_becomes_rgb(image, expected):
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk(kind):
     image = Image.new("CMYK", (50, 50), (0, 255, 255, 0))  # red
-    picture, _ = datasets.read_picture(io.BytesIO(as_bytes(image, kind)), 32)
+    picture, _ = datasets.read_picture(io.BytesIO(as_bytes(image, kind)), datasets.Sizing(32))
     assert np.abs(picture.astype(int) - (255, 0, 0)).max() <= 3
 
 
 def test_float_greys_are_scaled_to_their_range():
     image = Image.fromarray(np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32))
-    picture, _ = datasets.read_picture(io.BytesIO(as_bytes(image, "TIFF")), 32)
+    picture, _ = datasets.read_picture(io.BytesIO(as_bytes(image, "TIFF")), datasets.Sizing(32))
     assert picture.min() == 0 and picture.max() == 255
 
 
@@ -263,23 +263,23 @@ def test_exif_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
     image.save(file, "PNG", exif=exif)
-    picture, _ = datasets.read_picture(file, 32)
+    picture, _ = datasets.read_picture(file, datasets.Sizing(32))
     assert picture[5, 28].tolist() == [255, 0, 0] and picture[5, 3].tolist() == [0, 0, 255]
 
 
 def test_a_damaged_exif_block_does_not_spoil_the_picture():
     file = io.BytesIO()
     Image.new("RGB", (40, 40), "red").save(file, "PNG", exif=b"nonsense")
-    assert datasets.read_picture(file, 32)[0][0, 0].tolist() == [255, 0, 0]
+    assert datasets.read_picture(file, datasets.Sizing(32))[0][0, 0].tolist() == [255, 0, 0]
 
 
 def test_the_centre_square_is_taken_and_resized_smoothly():
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
-    picture, size = datasets.read_picture(io.BytesIO(as_bytes(image)), 32)
+    picture, size = datasets.read_picture(io.BytesIO(as_bytes(image)), datasets.Sizing(32))
     assert size == (300, 100) and (picture[:, 1:-1] == (0, 0, 255)).all()
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (320, 160)))
-    picture, _ = datasets.read_picture(io.BytesIO(as_bytes(stripes)), 32)
+    picture, _ = datasets.read_picture(io.BytesIO(as_bytes(stripes)), datasets.Sizing(32))
     assert np.abs(picture.astype(int) - 127).max() < 10  # aliasing would leave stripes
 
 
@@ -289,7 +289,7 @@ def test_the_centre_square_is_taken_and_resized_smoothly():
 )
 def test_what_is_no_picture_is_refused_with_a_reason(content, reason):
     with pytest.raises(DataError, match=reason):
-        datasets.read_picture(io.BytesIO(content), 32)
+        datasets.read_picture(io.BytesIO(content), datasets.Sizing(32))
 
 
 # ---- folders ----

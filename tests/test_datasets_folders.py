@@ -122,7 +122,7 @@ def test_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     for kind in ("gif", "webp", "png", "tif"):
         frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], duration=100, lossless=True)
-        picture, _ = datasets.read_picture(tmp_path / f"a.{kind}", 32)
+        picture, _ = datasets.read_picture(tmp_path / f"a.{kind}", datasets.Sizing(32))
         assert np.abs(picture[16, 16].astype(int) - (255, 0, 0)).max() <= 2, kind
 
 

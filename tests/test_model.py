@@ -1,3 +1,5 @@
+import importlib.util
+import json
 import pickle
 import subprocess
 import sys
@@ -8,8 +10,11 @@ import torch
 from conftest import ROOT, same_weights
 from torch import nn
 
+import datasets
 import model
 from model import CheckpointError
+
+FORMAT_1 = ROOT / "tests" / "files" / "format_1.pt"  # of `train.py --config configs/shapes.toml --image-size 8`
 
 
 @pytest.fixture
@@ -21,10 +26,12 @@ def network() -> nn.Module:
 @pytest.fixture
 def checkpoint(network) -> dict:
     return {
-        "format": 1,
+        "format": 2,
         "model": {"name": "cifar_quick", "options": {"classes": 3}},
         "classes": ["a", "b", "c"],
         "image_size": 32,
+        "resize": 32,
+        "interpolation": "bilinear",
         "mean": [0.5, 0.5, 0.5],
         "std": [0.2, 0.2, 0.2],
         "state_dict": network.state_dict(),
@@ -63,16 +70,18 @@ def test_any_size_from_eight_and_every_activation(image_size, activation):
 def test_networks_that_cannot_be():
     with pytest.raises(model.NetworkError, match="--image-size 7 is below 8"):
         model.create("cifar_quick", {"image_size": 7})
-    with pytest.raises(model.NetworkError, match="no network 'lenet'; there are: cifar_quick"):
+    with pytest.raises(model.NetworkError, match=r"no network 'lenet'; python model\.py --list has all"):
         model.create("lenet", {})
+    with pytest.raises(model.NetworkError, match=r"did you mean resnet18\?"):
+        model.create("resnet_18", {})
 
 
 def test_the_table_counts_parameters_and_multiply_adds(capsys):
     model.main(["--no-batch-norm", "--activation", "none"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["stage1.conv", "32", "x", "32", "x", "32", "2,432", "2,457,600"]
+    assert lines[1].split() == ["1", "stage1.conv", "32", "x", "32", "x", "32", "2,432", "2,457,600"]
     assert lines[-1].split() == ["total", "145,578", "12,354,176"]
-    assert len(lines) == 11
+    assert len(lines) == 11 and lines[-2].split()[:2] == ["head", "head"]
 
 
 def test_the_script_writes_the_graph(tmp_path, capsys):
@@ -83,12 +92,36 @@ def test_the_script_writes_the_graph(tmp_path, capsys):
     assert f"tensorboard --logdir {tmp_path}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ["--image-size 4", "--classes 0", "--model lenet", "--classes x", "--modell x"])
-def test_the_script_names_mistakes_in_one_line(flags, capsys):
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--image-size 4", "--image-size 4 is below 8"),
+        ("--image-size 0", "must be at least 1"),
+        ("--classes 0", "must be at least 1"),
+        ("--classes x", "invalid int value: 'x'"),
+        ("--model lenet", "no network 'lenet'"),
+        ("--model resnet_18", "did you mean resnet18?"),
+        ("--model alexnet", "cannot train on pictures of 32 x 32 pixels"),
+        ("--model vgg11 --stem small", "vgg11 does not begin with a stride-2 convolution"),
+        ("--modell x", "unrecognized arguments: --modell x"),
+        ("--export a.pt2", "give --checkpoint FILE too"),
+        ("--export a.txt --checkpoint a.pt", "must end in .pt2 or .onnx"),
+    ],
+)
+def test_the_script_names_mistakes_in_one_line(flags, reason, capsys):
     with pytest.raises(SystemExit) as stop:
-        model.main(flags.split())
+        sys.exit(model.cli(flags.split()))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("model.py: ") and error.count("\n") == 1
+    assert stop.value.code == 2 and error.startswith("model.py: ") and error.count("\n") == 1 and reason in error
+
+
+def test_the_list_has_every_network(capsys):
+    assert model.cli(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["cifar_quick", *model.torchvision_names()]
+    assert "vgg16" in model.torchvision_names() and len(lines) > 80
+    assert next(line for line in lines if line.startswith("vgg16 ")).split()[1] == "138,357,544"
+    assert lines[1].split()[1] == "145,770"
 
 
 # ---- losses and outputs ----
@@ -204,8 +237,8 @@ def damage(kind: str, path, checkpoint: dict) -> None:
         torch.save(checkpoint["state_dict"], path)
     elif kind.startswith("without "):
         torch.save({key: value for key, value in checkpoint.items() if key != kind.removeprefix("without ")}, path)
-    elif kind == "format 2":
-        torch.save(checkpoint | {"format": 2}, path)
+    elif kind == "format 3":
+        torch.save(checkpoint | {"format": 3}, path)
     elif kind == "wrong type":
         torch.save(checkpoint | {"classes": "abc"}, path)
     elif kind == "other network":
@@ -216,6 +249,10 @@ def damage(kind: str, path, checkpoint: dict) -> None:
         torch.save(checkpoint | {"model": {"name": "cifar_quick", "options": {"classes": 4}}}, path)
     elif kind == "bad values":
         torch.save(checkpoint | {"std": [0.0, 1.0, 1.0]}, path)
+    elif kind == "bad resize":
+        torch.save(checkpoint | {"resize": 31}, path)
+    elif kind == "bad interpolation":
+        torch.save(checkpoint | {"interpolation": "nearest"}, path)
     elif kind == "too few classes":
         torch.save(checkpoint | {"classes": ["a", "b"]}, path)
     elif kind == "other size":
@@ -242,14 +279,16 @@ def damage(kind: str, path, checkpoint: dict) -> None:
         ("without classes", "'classes' is missing"),
         ("without state_dict", "'state_dict' is missing"),
         ("wrong type", "'classes' is missing or not of type list"),
-        ("format 2", "checkpoint format 2; this version reads 1"),
+        ("format 3", "checkpoint format 3; this version reads 1 to 2"),
         ("other network", "no network 'lenet'"),
         ("other options", "unexpected keyword argument 'colour'"),
-        ("other shapes", "size mismatch for head.weight"),
+        ("other shapes", "wrong shape: head.weight [3, 64] in place of [4, 64], head.bias"),
         ("bad values", "impossible values"),
+        ("bad resize", "impossible values"),
+        ("bad interpolation", "impossible values"),
         ("too few classes", "2 classes, but 3 outputs"),
         ("other size", "do not fit"),
-        ("prefixed", "Missing key"),
+        ("prefixed", "unexpected: module.stage1.conv.weight"),
     ],
 )
 def test_files_that_must_not_load_are_named_with_the_reason(kind, reason, checkpoint, tmp_path, capsys):
@@ -259,6 +298,93 @@ def test_files_that_must_not_load_are_named_with_the_reason(kind, reason, checkp
         model.load(path)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
     assert "code ran" not in capsys.readouterr().out
+
+
+def test_checkpoints_of_format_1_still_answer_as_they_did():
+    network, checkpoint = model.load(FORMAT_1)
+    assert checkpoint["format"] == 1 and (checkpoint["resize"], checkpoint["interpolation"]) == (8, "bilinear")
+    how = {name: checkpoint[name] for name in ("image_size", "resize", "interpolation", "mean", "std")}
+    [test_set] = datasets.load("shapes", splits=["test"], **how)
+    _, accuracy = model.score(*model.outputs(network, test_set.batches(250)))
+    assert accuracy == pytest.approx(checkpoint["metrics"]["test_accuracy"], abs=0.002) and accuracy > 0.39
+
+
+def test_what_a_file_holds(capsys):
+    assert model.cli(["--checkpoint", str(FORMAT_1)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = [
+        "format 1",
+        "cifar_quick (classes 10, image_size 8, batch_norm True, activation relu), 84,330 parameters",
+    ]
+    expected += [
+        "10: arrow, circle",
+        "8 x 8 pixels, bilinear",
+        "0.4948, 0.4969, 0.4979",
+        "0.2768, 0.2765, 0.2755",
+        "20",
+    ]
+    assert all(what in line for what, line in zip(expected, lines, strict=False))
+    assert "    test_accuracy = 0.397" in lines and "    lr = 0.1" in lines
+    assert model.cli(["--checkpoint", "nothing.pt"]) == 1
+    assert capsys.readouterr().err == "model.py: nothing.pt: no such checkpoint\n"
+
+
+# ---- for other programs ----
+
+
+def exported(checkpoint, tmp_path, name, capsys):
+    """Export a checkpoint by the command line; returns its pictures in [0, 1], their logits, and the new file."""
+    model.save(tmp_path / "a.pt", checkpoint)
+    path = tmp_path / name
+    assert model.cli(["--checkpoint", str(tmp_path / "a.pt"), "--export", str(path)]) == 0
+    assert "gives the network's own answers" in capsys.readouterr().out
+    images = torch.rand(5, 3, 32, 32)
+    with torch.no_grad():
+        logits = model.load(tmp_path / "a.pt")[0](datasets.normalize(images * 255, [0.5] * 3, [0.2] * 3))
+    return images, logits, path
+
+
+def test_export_takes_any_batch_of_plain_pictures(checkpoint, tmp_path, capsys):
+    images, logits, path = exported(checkpoint, tmp_path, "a.pt2", capsys)
+    facts = {"facts": ""}
+    program = torch.export.load(path, extra_files=facts)
+    assert torch.allclose(program.module()(images), logits, atol=1e-4)
+    assert torch.allclose(program.module()(images[:1]), logits[:1], atol=1e-4)
+    assert json.loads(facts["facts"])["classes"] == ["a", "b", "c"]
+
+
+def test_export_to_onnx(checkpoint, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx", reason="needs `pip install onnx onnxscript`")
+    pytest.importorskip("onnxscript", reason="needs `pip install onnx onnxscript`")
+    from onnx.reference import ReferenceEvaluator
+
+    images, logits, path = exported(checkpoint, tmp_path, "a.onnx", capsys)
+    [answer] = ReferenceEvaluator(onnx.load(path)).run(["logits"], {"images": images.numpy()})
+    assert torch.allclose(torch.from_numpy(answer), logits, atol=1e-4)
+
+
+def test_onnx_without_its_packages_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        model.main(["--checkpoint", str(FORMAT_1), "--export", "a.onnx"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "`pip install onnx onnxscript`" in error
+
+
+class Moody(model.CifarQuick):
+    """Cannot be exported: what it does depends on what it sees."""
+
+    def forward(self, images):
+        return super().forward(images) * (2 if images.mean().item() > 0 else 1)
+
+
+def test_a_failed_export_leaves_no_file(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(model.NETWORKS, "cifar_quick", Moody)
+    model.save(tmp_path / "a.pt", checkpoint)
+    assert model.cli(["--checkpoint", str(tmp_path / "a.pt"), "--export", str(tmp_path / "b.pt2")]) == 1
+    error = capsys.readouterr().err
+    assert "b.pt2 was not written, the export failed: " in error and error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_same_weights_tells_networks_apart(checkpoint, tmp_path):

@@ -384,7 +384,7 @@ def read_picture(source: str | Path | BinaryIO, sizing: Sizing, width: int = 0) 
             if size != (shorter, shorter):
                 image.draft("RGB", (2 * shorter, 2 * shorter))  # a large JPEG is decoded at a fraction of its size
             image = rgb(upright(image))
-        if image.size != (side, side):
+        if image.size != (side, side) or shorter > side:
             image = resize(image, sizing, max(side, width))
     except UnidentifiedImageError as error:
         raise DataError("empty file" if is_empty(source) else "not a picture that Pillow can read") from error
@@ -422,12 +422,17 @@ def is_empty(source: str | Path | BinaryIO) -> bool:
 
 
 def resize(image: Image.Image, sizing: Sizing, width: int) -> Image.Image:
-    """The middle of a picture, `side` pixels of its shorter side and at most `width` of the longer; antialiased."""
-    short = min(image.size)
-    long = min(round(max(image.size) * sizing.shorter / short), width)
+    """The middle of a picture, `side` pixels of its shorter side and at most `width` of the longer; antialiased.
+
+    Only what is kept is computed, at the very pixels that torchvision's `Resize` and `CenterCrop` would give.
+    """
+    whole = [sizing.shorter * pixels // min(image.size) for pixels in image.size]
+    long = min(max(whole), width)
     size = (long, sizing.side) if image.width >= image.height else (sizing.side, long)
-    margins = [max(0, (has - kept * short / sizing.shorter) / 2) for has, kept in zip(image.size, size, strict=True)]
-    box = (*margins, image.width - margins[0], image.height - margins[1])
+    first = [round((pixels - kept) / 2) for pixels, kept in zip(whole, size, strict=True)]
+    last = [start + kept for start, kept in zip(first, size, strict=True)]
+    scale = [has / pixels for has, pixels in zip(image.size, whole, strict=True)]
+    box = tuple(place * by for place, by in zip(first + last, scale + scale, strict=True))
     return image.resize(size, Image.Resampling[sizing.interpolation.upper()], box)
 
 

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, as_bytes, noisy
+from conftest import COLOURS, ROOT, as_bytes, noisy
 from PIL import Image
 
 import datasets
@@ -281,6 +281,71 @@ def test_the_centre_square_is_taken_and_resized_smoothly():
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (320, 160)))
     picture, _ = datasets.read_picture(io.BytesIO(as_bytes(stripes)), datasets.Sizing(32))
     assert np.abs(picture.astype(int) - 127).max() < 10  # aliasing would leave stripes
+
+
+def photographs() -> list[Image.Image]:
+    """A generated photograph, wide and tall, and three real ones where they are at hand."""
+    pixels = np.random.RandomState(0).randint(0, 256, (30, 40, 3)).astype(np.uint8)
+    wide = Image.fromarray(pixels).resize((400, 301), Image.Resampling.BICUBIC)
+    real = sorted((ROOT / "data" / "ants_bees" / "val").glob("*/*.jpg"))[:3]
+    return [wide, wide.transpose(Image.Transpose.ROTATE_90), *map(Image.open, real)]
+
+
+@pytest.mark.parametrize(
+    "name", ["vgg16", "efficientnet_b0", "efficientnet_b1", "swin_v2_t", "efficientnet_v2_s", "inception_v3"]
+)
+def test_pictures_are_prepared_as_imagenet_weights_want_them(name):
+    models = pytest.importorskip("torchvision.models")
+    transforms = models.get_model_weights(name).DEFAULT.transforms()
+    how = datasets.Sizing(transforms.crop_size[0], transforms.resize_size[0], transforms.interpolation.value)
+    for image in photographs():
+        expected = transforms(image.convert("RGB"))
+        picture, _ = datasets.read_picture(io.BytesIO(as_bytes(image.convert("RGB"))), how)
+        batch = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
+        difference = (datasets.normalize(batch, transforms.mean, transforms.std)[0] - expected).abs() * 0.229 * 255
+        assert difference.max() < 2.5 and difference.mean() < 0.1  # of 255: roundings alone
+
+
+def test_without_a_resize_nothing_of_the_shorter_side_is_lost():
+    image = Image.new("RGB", (90, 60), "blue")
+    image.paste("red", (0, 0, 90, 6))
+    whole, _ = datasets.read_picture(io.BytesIO(as_bytes(image)), datasets.Sizing(20))
+    middle, _ = datasets.read_picture(io.BytesIO(as_bytes(image)), datasets.Sizing(20, 30))
+    assert whole[0, 10].tolist() == [255, 0, 0] and middle[0, 10].tolist() == [0, 0, 255]
+    fits, _ = datasets.read_picture(io.BytesIO(as_bytes(image.crop((0, 4, 20, 24)))), datasets.Sizing(20, 30))
+    assert fits[0, 10].tolist() == [0, 0, 255]  # also where the file has the side already
+
+
+@pytest.mark.parametrize("how", [(64, 64, "bilinear"), (56, 64, "bicubic")])
+def test_small_pictures_are_enlarged_batch_by_batch_as_single_ones_are(how):
+    [shown] = datasets.load("shapes", image_size=how[0], resize=how[1], interpolation=how[2], limit=20, splits=["test"])
+    [plain] = datasets.load("shapes", limit=20, splits=["test"])
+    assert shown.images.shape[2] == 32 and shown.side == how[0]  # kept small
+    assert shown.mean == plain.mean
+    images, labels = next(shown.batches(20))
+    assert images.shape == (20, 3, how[0], how[0]) and torch.equal(labels, plain.labels)
+    images = datasets.denormalize(images, shown.mean, shown.std)
+    for image, small in zip(images, plain.images, strict=True):
+        file = io.BytesIO(as_bytes(Image.fromarray(small.permute(1, 2, 0).numpy())))
+        picture, _ = datasets.read_picture(file, datasets.Sizing(*how))
+        difference = np.abs(picture.astype(int) - image.permute(1, 2, 0).numpy())
+        assert difference.mean() < 0.5 and (how[2] == "bicubic" or difference.max() <= 2)
+    augment = datasets.Augment(flip=True, crop=4, cutout=9)
+    assert next(shown.batches(20, augment=augment))[0].shape == (20, 3, how[0], how[0])
+
+
+def test_features_come_in_the_order_of_the_pictures():
+    train_set, _ = datasets.load("shapes", limit=45)
+    everything = torch.cat([images for images, _ in train_set.batches(10)])
+    features = datasets.Features(everything.flatten(1), train_set.labels, train_set.classes, "train")
+    assert features.evaluation_batch == 250 and features.steps(10) == train_set.steps(10)
+    both = zip(train_set.batches(10, True, None, 3, 2), features.batches(10, True, None, 3, 2), strict=True)
+    for (images, labels), (of_images, of_labels) in both:
+        assert torch.equal(images.flatten(1), of_images) and torch.equal(labels, of_labels)
+
+
+def test_evaluation_takes_fewer_large_pictures_at_a_time():
+    assert [datasets.evaluation_batch(side) for side in (8, 32, 224, 4096)] == [250, 250, 20, 1]
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,22 @@ def test_pictures_are_prepared_as_in_training(ask, colour_run, colour_folder):
     assert (expected - mine).abs().sum(1).min() < 1e-4
 
 
+def test_the_checkpoints_resize_is_applied(ask, colour_run, tmp_path):
+    """The same network, told that its pictures are cut out of a larger middle, sees no rim any more."""
+    image = noisy((40, 200, 60), 0, (40, 40))
+    image.paste(noisy((220, 40, 30), 1, (40, 12)), (0, 0))
+    image.paste(noisy((220, 40, 30), 2, (40, 12)), (0, 28))
+    image.save(tmp_path / "a.png")
+    checkpoint = model.read(colour_run / "best.pt")
+    shares = []
+    for resize in (32, 128):
+        model.save(tmp_path / f"{resize}.pt", checkpoint | {"resize": resize})
+        [out] = ask(tmp_path / "a.png", "--json", "--checkpoint", tmp_path / f"{resize}.pt")[1]
+        guesses = {guess["class"]: guess["probability"] for guess in json.loads(out)["classes"]}
+        shares.append(guesses["green"])
+    assert shares[1] > shares[0] + 0.1  # the rim is red, the middle green
+
+
 def test_what_cannot_be_read_is_named_and_the_rest_is_answered(ask, pictures):
     (pictures / "empty.png").write_bytes(b"")
     (pictures / "cut.png").write_bytes((pictures / "a.png").read_bytes()[:500])

@@ -1,0 +1,267 @@
+"""Training that begins with trained weights: what is filled in from them, what is frozen, and what is refused."""
+
+import json
+import tomllib
+
+import pytest
+import torch
+from conftest import ROOT, same_weights
+
+import datasets
+import model
+import train
+
+QUICK = "--data shapes --limit 200 --epochs 1 --device cpu --run-name a".split()
+
+
+def train_from(tmp_path, *flags: object) -> dict:
+    """A quick run on shapes; returns its best checkpoint."""
+    assert train.cli([*QUICK, "--log-dir", str(tmp_path), *map(str, flags)]) == 0
+    return torch.load(tmp_path / "a" / "best.pt", weights_only=True)
+
+
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch):
+    """An ImageNet weights file for the smallest network of all, where torch looks for it; the network's own weights."""
+    from torchvision import models
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    torch.manual_seed(0)
+    state_dict = models.squeezenet1_1().state_dict()
+    (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(state_dict, tmp_path / "torch" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    return state_dict
+
+
+# ---- what the weights bring along ----
+
+
+def test_nothing_is_filled_in_without_weights():
+    config, trained = train.resolve(train.parse([]))
+    assert trained is None and (config.image_size, config.resize, config.interpolation) == (32, 32, "bilinear")
+    assert config.mean == ()  # to be measured
+
+
+def test_imagenet_weights_bring_their_pictures_sizes(imagenet):
+    flags = ["--model", "squeezenet1_1", "--weights", "imagenet"]
+    config, _ = train.resolve(train.parse(flags))
+    assert (config.image_size, config.resize, config.interpolation) == (224, 256, "bilinear")
+    assert config.mean == (0.485, 0.456, 0.406) and config.std == (0.229, 0.224, 0.225)
+    config, _ = train.resolve(train.parse([*flags, "--image-size", "64"]))
+    assert (config.image_size, config.resize) == (64, 64)
+    given = "--image-size 64 --resize 72 --interpolation bicubic --mean 0 0 0 --std 1 1 1".split()
+    config, _ = train.resolve(train.parse([*flags, *given]))
+    assert (config.image_size, config.resize, config.interpolation) == (64, 72, "bicubic")
+    assert (config.mean, config.std) == ((0, 0, 0), (1, 1, 1))
+
+
+def test_what_weights_bring_is_in_the_checkpoint_and_used_to_predict(imagenet, tmp_path, colour_folder):
+    run = ["--data", colour_folder, "--limit", 12, "--model", "squeezenet1_1", "--weights", "imagenet"]
+    checkpoint = train_from(tmp_path, *run, "--batch-size", 4)
+    assert (checkpoint["image_size"], checkpoint["resize"], checkpoint["interpolation"]) == (224, 256, "bilinear")
+    assert checkpoint["mean"] == [0.485, 0.456, 0.406]
+    stored = tomllib.loads((tmp_path / "a" / "config.toml").read_text())
+    assert (stored["image_size"], stored["resize"], stored["weights"]) == (224, 256, "imagenet")
+
+
+def test_checkpoints_bring_theirs(run):
+    config, trained = train.resolve(train.parse(["--weights", str(run / "best.pt")]))
+    assert list(config.mean) == trained["mean"] and config.image_size == 32
+
+
+# ---- the head ----
+
+
+def unchanged(before: dict, after: dict) -> set[str]:
+    return {key for key in after if key in before and torch.equal(before[key], after[key])}
+
+
+def test_the_head_is_kept_for_the_same_classes_and_new_for_others(run, colour_folder, tmp_path):
+    old = model.read(run / "best.pt")
+    config = train.parse(["--weights", str(run / "best.pt")])
+    for classes, head, kept in (
+        (old["classes"], "auto", True),
+        (old["classes"], "replace", False),
+        (["a", "b"], "auto", False),
+        (["a"] * 10, "auto", False),
+    ):
+        config = train.replace(config, head=head, image_size=32)
+        network, names = train.build(config, train.network_options(config, len(classes), old), classes, old)
+        same = unchanged(old["state_dict"], network.state_dict()) if len(classes) == 10 else set()
+        assert names == ["head.weight", "head.bias"]
+        assert ({"head.weight", "head.bias"} <= same) is kept
+        own = network.state_dict()
+        assert all(torch.equal(own[key], value) for key, value in old["state_dict"].items() if key not in names)
+
+
+def test_an_appended_layer_stands_behind_all_that_was_there(run, tmp_path):
+    old = torch.load(run / "best.pt", weights_only=True)["state_dict"]
+    checkpoint = train_from(tmp_path, "--weights", run / "best.pt", "--head", "append", "--freeze", "all")
+    new = checkpoint["state_dict"]
+    assert checkpoint["model"]["options"]["append"] == 10
+    assert all(torch.equal(new[f"network.{key}"], value) for key, value in old.items())
+    assert set(new) - {f"network.{key}" for key in old} == {"head.weight", "head.bias"}
+    network, _ = model.load(tmp_path / "a" / "best.pt")
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    # and can be stood on again, with a new last layer
+    again = train_from(tmp_path, "--weights", tmp_path / "a" / "best.pt", "--head", "replace", "--run-name", "b")
+    assert again["model"]["options"]["append"] == 10
+
+
+def test_the_tutorials_appended_layer_on_a_network_of_torchvision(imagenet, tmp_path):
+    flags = "--model squeezenet1_1 --weights imagenet --image-size 32 --head append --freeze all".split()
+    checkpoint = train_from(tmp_path, *flags)
+    assert checkpoint["state_dict"]["head.weight"].shape == (10, 1000)
+    assert all(torch.equal(checkpoint["state_dict"][f"network.{key}"], value) for key, value in imagenet.items())
+
+
+# ---- what is frozen ----
+
+
+@pytest.mark.parametrize(("freeze", "stages"), [("1", ["stage1"]), ("3", ["stage1", "stage2", "stage3"])])
+def test_frozen_stages_keep_weights_and_statistics(run, tmp_path, freeze, stages, capsys):
+    old = torch.load(run / "best.pt", weights_only=True)["state_dict"]
+    new = train_from(tmp_path, "--weights", run / "best.pt", "--freeze", freeze, "--epochs", 2)["state_dict"]
+    frozen = {key for key in old if key.split(".")[0] in stages}
+    assert unchanged(old, new) == frozen and any("running_mean" in key for key in frozen)
+    assert "of them trained" in capsys.readouterr().err
+
+
+def test_features_computed_once_train_the_same_head(run, tmp_path, capsys):
+    flags = ["--weights", run / "best.pt", "--freeze", "all", "--head", "replace", "--epochs", 2]
+    flags += ["--no-flip", "--crop", 0]
+    once = train_from(tmp_path / "1", *flags)
+    assert "features computed once" in capsys.readouterr().err
+    anew = train_from(tmp_path / "2", *flags, "--memory-share", 0)
+    assert "computed anew every epoch" in capsys.readouterr().err
+    old = torch.load(run / "best.pt", weights_only=True)["state_dict"]
+    for checkpoint in (once, anew):
+        assert unchanged(old, checkpoint["state_dict"]) == set(old) - {"head.weight", "head.bias"}
+    for key in ("head.weight", "head.bias"):
+        assert torch.allclose(once["state_dict"][key], anew["state_dict"][key], atol=1e-4)
+    lines = [json.loads((tmp_path / part / "a" / "metrics.jsonl").read_text().splitlines()[-1]) for part in "12"]
+    assert lines[0]["test_loss"] == pytest.approx(lines[1]["test_loss"], abs=1e-3)
+
+    network, checkpoint = model.load(tmp_path / "1" / "a" / "best.pt")  # the whole network answers as the head did
+    how = {name: checkpoint[name] for name in ("mean", "std")}
+    [test_set] = datasets.load("shapes", limit=200, splits=["test"], **how)
+    loss, accuracy = model.score(*model.outputs(network, test_set.batches(50)))
+    assert accuracy == checkpoint["metrics"]["test_accuracy"]
+    assert loss == pytest.approx(checkpoint["metrics"]["test_loss"], abs=1e-4)
+
+
+def test_augmented_pictures_go_through_the_frozen_part_each_time(run, tmp_path, capsys):
+    flags = ["--weights", run / "best.pt", "--freeze", "all", "--flip", "--val-fraction", "0.2"]
+    train_from(tmp_path, *flags)
+    assert "features" not in capsys.readouterr().err
+
+
+def test_the_backbone_has_a_rate_of_its_own():
+    network = model.CifarQuick()
+    config = train.Config(lr=0.1, backbone_lr=0.001, weight_decay=0.5)
+    trainer = train.make_trainer(network, config, 10, torch.device("cpu"), torch.float32, ["head.weight", "head.bias"])
+    rates = {p: (g["lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups for p in g["params"]}
+    for name, parameter in network.named_parameters():
+        rate = 0.1 if name.startswith("head.") else 0.001
+        assert rates[parameter] == (rate, 0.5 if parameter.ndim > 1 else 0.0)
+    assert trainer.schedule.get_last_lr()[0] == 0.1  # what is logged as lr
+
+
+def test_auxiliary_classifiers_train_with_their_share_of_the_loss():
+    config = train.Config(model="googlenet", lr=0.1)
+    torch.manual_seed(0)
+    network = model.create("googlenet", {"classes": 3, "image_size": 32})
+    for layer in network.modules():  # so that the gradient can be taken a second time
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    logits, second, first = network.train()(images)
+    losses = [model.loss_function(answer, labels) for answer in (logits, second, first)]
+    total = losses[0] + 0.3 * losses[1] + 0.3 * losses[2]
+    names = ["fc.weight", "aux1.fc2.weight", "aux2.fc2.weight", "conv1.conv.weight"]
+    weights = [network.get_parameter(name) for name in names]
+    expected = [w.detach() - 0.1 * g for w, g in zip(weights, torch.autograd.grad(total, weights), strict=True)]
+    trainer = train.make_trainer(network, config, 10, torch.device("cpu"), torch.float32)
+    loss, answer = trainer.step(images, labels, config)
+    assert loss == pytest.approx(losses[0].item(), abs=1e-5) and torch.allclose(answer, logits, atol=1e-5)
+    for name, weight in zip(names, expected, strict=True):
+        assert torch.allclose(network.get_parameter(name), weight, atol=1e-5), name
+
+
+# ---- whole runs ----
+
+
+@pytest.mark.parametrize("flags", ["--stem small --model resnet18", "--model mobilenet_v3_small"])
+def test_networks_of_torchvision_train_and_repeat(flags, tmp_path):
+    small = ["--limit", 20, "--batch-size", 10, *flags.split()]
+    first = train_from(tmp_path, *small)
+    assert first["model"]["name"] == first["config"]["model"]
+    assert train.cli(["--config", str(tmp_path / "a" / "config.toml"), "--log-dir", str(tmp_path / "again")]) == 0
+    [again] = (tmp_path / "again").iterdir()
+    assert same_weights(tmp_path / "a" / "best.pt", again / "best.pt")
+
+
+def test_the_vgg16_config_trains_the_head_of_vgg16(tmp_path, monkeypatch):
+    """The config as it is, but for the data: 528 MB of weights (random ones here) are loaded, and saved again."""
+    from torchvision import models
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    path = tmp_path / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    original = models.vgg16().state_dict()
+    torch.save(original, path)
+    flags = ["--config", str(ROOT / "configs" / "vgg16.toml"), "--limit", "20", "--epochs", "1"]
+    assert train.cli([*flags, *QUICK[:2], *QUICK[6:], "--log-dir", str(tmp_path)]) == 0
+    path.unlink()
+    (tmp_path / "a" / "epoch_001.pt").unlink()
+    new = torch.load(tmp_path / "a" / "best.pt", weights_only=True)["state_dict"]
+    assert unchanged(original, new) == set(original) - {"classifier.6.weight", "classifier.6.bias"}
+    assert new["classifier.6.weight"].shape == (10, 4096)
+    (tmp_path / "a" / "best.pt").unlink()
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ("--model resnet_18", 2, "--model: no network 'resnet_18'; python model.py --list has all; did you mean"),
+        ("--model alexnet", 2, "alexnet cannot train on pictures of 32 x 32 pixels (Given input size"),
+        (
+            "--model resnet18 --batch-size 1",
+            2,
+            "cannot train on pictures of 32 x 32 pixels (Expected more than 1 value",
+        ),
+        ("--model resnet18 --activation gelu", 2, "are not for resnet18; add --activation relu --batch-norm"),
+        ("--stem small", 2, "--stem small: it is for networks of torchvision"),
+        ("--model vgg11 --stem small", 2, "vgg11 does not begin with a stride-2 convolution; use --stem standard"),
+        ("--weights imagenet", 2, "there are none for cifar_quick; take a network of torchvision"),
+        ("--weights nowhere.pt", 1, "nowhere.pt: no such checkpoint"),
+        ("--weights RUN --model resnet18", 2, "it holds cifar_quick, not resnet18; add --model cifar_quick"),
+        ("--weights RUN --activation gelu", 2, "that network was trained otherwise; add --activation relu"),
+        ("--weights RUN --no-batch-norm", 2, "that network was trained otherwise; add --batch-norm"),
+        ("--weights RUN --image-size 16", 1, "(trained on 32 x 32 pixels): its weights do not fit the network: wrong"),
+        ("--weights RUN --resize 31", 2, "--resize 31 is below the image size, 32 pixels"),
+        ("--head append", 2, "an untrained cifar_quick has no outputs to append to; add --weights FILE"),
+        ("--head behead", 2, "argument --head: invalid choice: 'behead'"),
+        ("--freeze 1", 2, "--freeze 1: untrained stages would stay random; add --weights"),
+        ("--freeze most --weights RUN", 2, "--freeze: 'most' is neither a number of stages nor all"),
+        ("--freeze 5 --weights RUN", 2, "--freeze 5: there are 4 stages before the head"),
+        ("--freeze all --weights RUN --backbone-lr 0.1", 2, "--backbone-lr: with --freeze all nothing but the head"),
+    ],
+)
+def test_what_cannot_be_is_one_line(flags, status, message, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = train.cli([*QUICK, *flags.replace("RUN", str(run / "best.pt")).split()])
+    except SystemExit as stop:
+        found = stop.code
+    error = capsys.readouterr().err
+    assert found == status and message in error and error.count("\n") == 1 and error.startswith("train.py: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_may_say_freeze_with_a_number(tmp_path):
+    (tmp_path / "a.toml").write_text("freeze = 2\nweights = 'w.pt'")
+    assert train.read_config(tmp_path / "a.toml").freeze == "2"

@@ -216,8 +216,7 @@ class Pictures:
         for part, images in zip(parts, self.stored(chosen), strict=True):
             picks, of_batch = order[part], draws[:, part]
             if self.extent is not None:
-                place = of_batch[0] if augment else torch.full((len(picks),), 0.5, device=device)
-                images = squares(images, self.extent[picks], self.tall[picks], place)
+                images = squares(images, self.extent[picks], self.tall[picks], of_batch[0] if augment else None)
             if augment:
                 images = augment(images, of_batch, fill)
             yield normalize(images, self.mean, self.std), self.labels[picks]
@@ -300,9 +299,11 @@ class Enlarged(Pictures):
         side, shorter, interpolation = self.sizing.side, self.sizing.shorter, self.sizing.interpolation
         first = round((shorter - side) / 2)
         for images in super().stored(chosen):
-            images = F.interpolate(images.float(), (shorter, shorter), mode=interpolation, antialias=True)
+            # On the CPU, bytes are resized as Pillow does it; other devices resize floats alone.
+            images = images if images.device.type == "cpu" else images.float()
+            images = F.interpolate(images, (shorter, shorter), mode=interpolation, antialias=True)
             images = images[:, :, first : first + side, first : first + side]
-            yield images.round().clamp(0, 255).byte()
+            yield images if images.dtype == torch.uint8 else images.round().clamp(0, 255).byte()
 
 
 @dataclass
@@ -327,10 +328,11 @@ def evaluation_batch(side: int) -> int:
     return max(1, min(250, 2**20 // side**2))
 
 
-def squares(images: Tensor, extent: Tensor, tall: Tensor, place: Tensor) -> Tensor:
-    """The square at `place` (0: left, 1: right) of stored pictures `(N, 3, H, W)`, upright: `(N, 3, H, H)`."""
+def squares(images: Tensor, extent: Tensor, tall: Tensor, place: Tensor | None) -> Tensor:
+    """The square at `place` (0: left, 1: right, None: the centre) of stored `(N, 3, H, W)`, upright: `(N, 3, H, H)`."""
     side = images.shape[2]
-    first = (place * (extent - side + 1)).long().clamp(max=images.shape[3] - side)
+    first = (extent - side) / 2 if place is None else place * (extent - side + 1)
+    first = (first.round() if place is None else first).long().clamp(max=images.shape[3] - side)
     picture = torch.arange(len(images), device=images.device)
     images = images.unfold(3, side, 1)[picture, :, :, first]
     return torch.where(tall.view(-1, 1, 1, 1), images.transpose(2, 3), images)

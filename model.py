@@ -21,6 +21,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,26 @@ def create(name: str, options: dict) -> nn.Module:
     return NETWORKS[name](**options) if name in NETWORKS else from_torchvision(name, **options)
 
 
+def network_options(
+    name: str,
+    classes: int,
+    image_size: int,
+    batch_norm: bool = True,
+    activation: str = "relu",
+    stem: str = "standard",
+    append: int = 0,
+) -> dict:
+    """The options for `create` out of all that a user can set; raises NetworkError for what this network has not."""
+    options = {"classes": classes, "image_size": image_size} | ({"append": append} if append else {})
+    if name not in NETWORKS:
+        if (activation, batch_norm) != ("relu", True):
+            raise NetworkError(f"{name} has its own normalisation and activation; add --activation relu --batch-norm")
+        return options | {"stem": stem}
+    if stem != "standard":
+        raise NetworkError(f"--stem {stem}: {name} takes small pictures as it is; add --stem standard")
+    return options | {"batch_norm": batch_norm, "activation": activation}
+
+
 def unknown(name: str) -> str | None:
     """Why there is no such network, in words; None when there is one."""
     if name in NETWORKS:
@@ -131,18 +152,24 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 # ---- torchvision's networks ----------------------------------------------------------------------------------------
 
 
-def torchvision_names() -> list[str]:
-    """The names of torchvision's classification networks; it is imported when it is needed, since it takes a while."""
-    from torchvision import models
+def torchvision_models() -> ModuleType:
+    """`torchvision.models`, imported when it is needed: it takes a while. Raises NetworkError where it is missing."""
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise NetworkError(f"torchvision, which has this network, cannot be imported ({error})") from error
+    return models
 
+
+def torchvision_names() -> list[str]:
+    """The names of torchvision's classification networks."""
+    models = torchvision_models()
     return models.list_models(module=models)
 
 
 def from_torchvision(name: str, classes: int = 10, image_size: int = 32, stem: str = "standard") -> nn.Module:
     """One of torchvision's networks, initialised as its authors do. Raises NetworkError where `stem` does not fit."""
-    from torchvision import models
-
-    builder = models.get_model_builder(name)
+    builder = torchvision_models().get_model_builder(name)
     extra = {
         "image_size": image_size,  # vision transformers
         "input_size": (image_size, image_size),  # MaxViT
@@ -152,6 +179,8 @@ def from_torchvision(name: str, classes: int = 10, image_size: int = 32, stem: s
     takes = inspect.signature(typing.get_type_hints(builder)["return"]).parameters
     network = builder(num_classes=classes, **{key: value for key, value in extra.items() if key in takes})
     if stem == "small":
+        if "input_size" in takes:
+            raise NetworkError(f"--stem small: {name} is built for the sizes that its own stem gives")
         use_small_stem(network, name)
     return network
 
@@ -183,14 +212,17 @@ class Uninitialised(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
 
 
-def check(name: str, options: dict, batch_size: int = 2) -> None:
-    """Raise NetworkError, with the size that would do, if a network cannot train on pictures of `image_size`."""
+def check(name: str, options: dict, batch_size: int = 2, training: bool = True) -> None:
+    """Raise NetworkError, with the size that would do, if a network cannot train on pictures of `image_size`.
+
+    Without `training`: if it cannot evaluate them, as a frozen one does.
+    """
 
     def problem(side: int) -> str | None:
         try:
             with Uninitialised():
                 network = create(name, options | {"image_size": side}).to("meta")  # shapes alone, nothing is computed
-            network.train()(torch.zeros(min(batch_size, 2), 3, side, side, device="meta"))
+            network.train(training)(torch.zeros(min(batch_size, 2), 3, side, side, device="meta"))
         except NetworkError:
             raise
         except Exception as error:  # each network has its own way to fail
@@ -283,13 +315,13 @@ def trained(source: str, name: str) -> dict:
         return checkpoint
     if name in NETWORKS:
         raise NetworkError(f"--weights imagenet: there are none for {name}; take a network of torchvision")
-    from torchvision import models
-
-    weights = models.get_model_weights(name).DEFAULT
+    weights = torchvision_models().get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     how = weights.transforms()
     try:
         state_dict = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+        if not all(isinstance(value, Tensor) for value in state_dict.values()):
+            raise ValueError("not a state_dict")
     except Exception as error:  # of the network, the disk, or a damaged file
         if file.exists():
             raise CheckpointError(f"{file}: damaged or not {name}'s weights; delete it to download it again") from error
@@ -342,7 +374,8 @@ def misfits(wanted: dict, given: dict, new: Collection[str] = ()) -> str:
 def stages(network: nn.Module, head: Collection[str]) -> dict[str, int]:
     """The stage of every parameter by its name, in the order of the network, from 1; 0 for the head.
 
-    Stages are the network's direct parts. Where these are fewer than four, the largest is unfolded into its own.
+    Stages are the network's direct parts. Where these are fewer than four, the largest is unfolded into its own. A head
+    that was appended leaves the stages as they were, with the old head as one more behind them.
     Normalisation belongs to the stage before it; parameters outside of all parts (ViT's class token) to the first.
     """
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters() if name not in head}
@@ -355,7 +388,9 @@ def stages(network: nn.Module, head: Collection[str]) -> dict[str, int]:
         return [child for child in children if size(child)]
 
     parts = inside("")
-    while len(parts) < 4 and (folded := [part for part in parts if inside(part)]):
+    while len(parts) < (5 if isinstance(network, Appended) else 4) and (
+        folded := [part for part in parts if inside(part)]
+    ):
         largest = max(folded, key=size)
         parts[parts.index(largest) : parts.index(largest) + 1] = inside(largest)
     found, number = dict.fromkeys(sizes, 1) | dict.fromkeys(head, 0), 0
@@ -366,14 +401,17 @@ def stages(network: nn.Module, head: Collection[str]) -> dict[str, int]:
     return found
 
 
-def freeze(network: nn.Module, head: Collection[str], count: int | None) -> None:
-    """Make the first `count` stages (None: all but the head) keep their weights; NetworkError if there are fewer."""
-    stage_of = stages(network, head)
+def freeze(network: nn.Module, head: list[str], count: int | None) -> None:
+    """Make the first `count` stages (None: all but the last layer) keep their weights; NetworkError if there are fewer.
+
+    With None, auxiliary classifiers are frozen whole: they serve the layers before them.
+    """
+    stage_of, last_layer = stages(network, head), head[-1].rpartition(".")[0]
     if count is not None and count > max(stage_of.values()):
         raise NetworkError(f"--freeze {count}: there are {max(stage_of.values())} stages before the head")
     for name, parameter in network.named_parameters():
-        if 0 < stage_of[name] <= (count or max(stage_of.values())):
-            parameter.requires_grad_(False)
+        keeps = name.rpartition(".")[0] != last_layer if count is None else 0 < stage_of[name] <= count
+        parameter.requires_grad_(not keeps)
 
 
 def train_mode(network: nn.Module) -> None:
@@ -504,6 +542,12 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
     for key, kind in CONTENT.items():
         if not isinstance(checkpoint.get(key), kind):
             raise CheckpointError(f"{path}: the checkpoint's {key!r} is missing or not of type {kind.__name__}")
+    name, options = (checkpoint["model"].get(key) for key in ("name", "options"))
+    weights = checkpoint["state_dict"].items()
+    if not (isinstance(name, str) and isinstance(options, dict)) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights
+    ):
+        raise CheckpointError(f"{path}: the checkpoint's 'model' or 'state_dict' holds something else")
     numbers = [*checkpoint["mean"], *checkpoint["std"]]
     if (
         len(checkpoint["mean"]) != 3
@@ -522,45 +566,64 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
 # ---- looking at networks -------------------------------------------------------------------------------------------
 
 
-def table(network: nn.Module, image_size: int, head: Collection[str] = ()) -> str:
-    """A line a layer: its stage, name, output shape of one picture, parameters, multiply-adds; totals at the end."""
+def measure(network: nn.Module, image_size: int) -> tuple[dict[str, tuple], dict[str, int]]:
+    """Output shape and multiply-adds, those of modules inside included, of every module that works on one picture."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes, hooks, training = {}, [], network.training
-    layers = {name: layer for name, layer in network.named_modules() if not list(layer.children())}
-    for name, layer in layers.items():
-        hook = lambda _, __, output, name=name: shapes.update({name: getattr(output, "shape", ())[1:]})  # noqa: E731
-        hooks.append(layer.register_forward_hook(hook))
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    for name, module in network.named_modules():
+        hook = lambda _, __, output, name=name: shapes.update({name: tuple(answers(output)[0].shape[1:])})  # noqa: E731
+        hooks.append(module.register_forward_hook(hook))
+    counter, fast = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # attention is counted in its plainest form alone
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         network.eval()(torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device))
+    torch.backends.mha.set_fastpath_enabled(fast)
     network.train(training)
     for hook in hooks:
         hook.remove()
     flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    return shapes, {name: flops.get(name, 0) // 2 for name in shapes}
 
-    stage_of, width = stages(network, head), max(map(len, [*shapes, "layer"]))
+
+def table(network: nn.Module, image_size: int, head: Collection[str] = ()) -> str:
+    """A line a layer: its stage, name, output shape of one picture, parameters, multiply-adds; totals at the end.
+
+    Layers are modules without others inside, and those that do more than these: with weights or products of their own.
+    """
+    shapes, adds = measure(network, image_size)
+    modules, stage_of = dict(network.named_modules()), stages(network, head)
+    names = [name for name in shapes if not list(modules[name].children()) or list(modules[name].parameters(False))]
+
+    def line_of(part: str) -> str:  # the innermost layer that it belongs to
+        return max((name for name in ["", *names] if not name or f"{part}.".startswith(f"{name}.")), key=len)
+
+    weights, own_adds = {name: [] for name in ["", *names]}, {name: adds[name] for name in ["", *names]}
+    for key in stage_of:
+        weights[line_of(key)].append(key)
+    for name in filter(None, names):
+        own_adds[line_of(name.rpartition(".")[0])] -= adds[name]
+    width = max(len(name) for name in [*names, "(itself)"])
     lines = [f"{'stage':>5}  {'layer':{width}} {'output':>16} {'parameters':>12} {'multiply-adds':>15}"]
-    for name, shape in shapes.items():
-        of_layer = [key for key, _ in layers[name].named_parameters(name)]
-        stage = (stage_of[of_layer[0]] or "head") if of_layer else ""
-        count = sum(p.numel() for p in layers[name].parameters())
-        size = " x ".join(map(str, shape))
-        lines.append(f"{stage:>5}  {name:{width}} {size:>16} {count:>12,} {flops.get(name, 0) // 2:>15,}")
+    for name in [*filter(None, names), ""]:
+        count = sum(network.get_parameter(key).numel() for key in weights[name])
+        if name or count or own_adds[name]:
+            stage, size = min((stage_of[key] for key in weights[name]), default=""), " x ".join(map(str, shapes[name]))
+            label = f"{'head' if stage == 0 else stage:>5}  {name or '(itself)':{width}}"
+            lines.append(f"{label} {size:>16} {count:>12,} {own_adds[name]:>15,}")
     count = sum(p.numel() for p in network.parameters())
-    lines.append(f"{'':5}  {'total':{width}} {'':16} {count:>12,} {counter.get_total_flops() // 2:>15,}")
+    lines.append(f"{'':5}  {'total':{width}} {'':16} {count:>12,} {adds['']:>15,}")
     return "\n".join(lines)
 
 
 def listing() -> str:
     """All networks, a line each: parameters (with torchvision's 1,000 classes), and what their ImageNet weights are."""
-    from torchvision import models
-
     lines = [f"{'network':20} {'parameters':>12}   ImageNet weights"]
     for name, network in NETWORKS.items():
         lines.append(f"{name:20} {sum(p.numel() for p in network().parameters()):>12,}   none")
     for name in torchvision_names():
-        weights = models.get_model_weights(name).DEFAULT
+        weights = torchvision_models().get_model_weights(name).DEFAULT
         accuracy = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
         what = f"{accuracy:.1f} % at {weights.transforms().crop_size[0]} pixels, {weights.meta['_file_size']:,.0f} MB"
         lines.append(f"{name:20} {weights.meta['num_params']:>12,}   {what}")
@@ -691,6 +754,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--export: give --checkpoint FILE too")
     if args.export and args.export.suffix not in (".pt2", ".onnx"):
         parser.error(f"--export {args.export}: the file's name must end in .pt2 or .onnx")
+    if args.export and not args.export.parent.is_dir():
+        parser.error(f"--export {args.export}: there is no folder {args.export.parent}")
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if args.export and args.export.suffix == ".onnx" and missing:
         parser.error(f"--export {args.export}: first run `pip install {' '.join(missing)}`")
@@ -709,9 +774,9 @@ def main(argv: list[str] | None = None) -> None:
         export(args.checkpoint, args.export)
         print(f"{args.export}: {args.export.stat().st_size / 1e6:,.1f} MB, gives the network's own answers")
         return
-    options = {"classes": args.classes, "image_size": args.image_size}
-    options |= {"batch_norm": args.batch_norm, "activation": args.activation} if args.model in NETWORKS else {}
-    options |= {"stem": args.stem} if args.model not in NETWORKS or args.stem != "standard" else {}
+    if problem := unknown(args.model):
+        raise NetworkError(problem)
+    options = network_options(args.model, args.classes, args.image_size, args.batch_norm, args.activation, args.stem)
     check(args.model, options)
     network = create(args.model, options)
     print(table(network, args.image_size, head_keys(args.model, options)))

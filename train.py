@@ -6,6 +6,7 @@
 import argparse
 import json
 import math
+import re
 import sys
 import time
 import tomllib
@@ -45,7 +46,11 @@ def setting(group: str, default: object, help: str, **rules: object) -> Field:
 
 
 def bad_freeze(value: str) -> str | None:
-    return None if value == "all" or value.isdecimal() else f"{value!r} is neither a number of stages nor all"
+    return (
+        None
+        if value == "all" or re.fullmatch("0|[1-9][0-9]*", value, re.ASCII)
+        else f"{value!r} is neither a number of stages nor all"
+    )
 
 
 @dataclass(frozen=True)
@@ -224,21 +229,13 @@ def check_together(config: Config) -> None:
         raise ConfigError("--mean and --std: give both or neither")
     if config.nesterov and not config.momentum:
         raise ConfigError("--nesterov needs --momentum above 0; add --no-nesterov")
-    if config.model in NETWORKS and config.stem != "standard":
-        raise ConfigError(
-            f"--stem {config.stem}: it is for networks of torchvision; {config.model} takes small pictures"
-        )
-    if config.model not in NETWORKS and (config.activation, config.batch_norm) != ("relu", True):
-        raise ConfigError(
-            f"--activation and --no-batch-norm are not for {config.model}; add --activation relu --batch-norm"
-        )
     if config.model in NETWORKS and config.head == "append" and config.weights == "none":
         raise ConfigError(f"--head append: an untrained {config.model} has no outputs to append to; add --weights FILE")
     if config.freeze != "0" and config.weights == "none":
         raise ConfigError(f"--freeze {config.freeze}: untrained stages would stay random; add --weights")
     if config.freeze == "all" and config.backbone_lr:
         raise ConfigError("--backbone-lr: with --freeze all nothing but the head trains")
-    if config.model in NETWORKS and config.batch_norm and config.batch_size == 1:
+    if config.model in NETWORKS and config.batch_norm and config.batch_size == 1 and config.freeze != "all":
         raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
     if config.run_name != Path(config.run_name).name or config.run_name == "..":
         raise ConfigError(f"--run-name {config.run_name}: a folder's name is wanted, without a path")
@@ -372,17 +369,13 @@ def load_data(config: Config, device: torch.device) -> list[datasets.Pictures]:
 
 def network_options(config: Config, classes: int, trained: dict | None = None) -> dict:
     """What the network's constructor gets; stored in the checkpoint, from which it is built again."""
-    options = {"classes": classes, "image_size": config.image_size}
-    if config.model in NETWORKS:
-        options |= {"batch_norm": config.batch_norm, "activation": config.activation}
-    else:
-        options |= {"stem": config.stem}
-    outputs = trained["model"]["options"].get("append") if trained else None
-    if config.head == "append" and outputs:
+    append = trained["model"]["options"].get("append", 0) if trained else 0
+    if config.head == "append" and append:
         raise ConfigError(f"--head append: {config.weights} has an appended layer already; add --head replace")
     if config.head == "append":
-        outputs = len(trained["classes"]) if trained else 1000
-    return options | ({"append": outputs} if outputs else {})
+        append = len(trained["classes"]) if trained else 1000
+    settings = (config.batch_norm, config.activation, config.stem)
+    return model.network_options(config.model, classes, config.image_size, *settings, append)
 
 
 def build(config: Config, options: dict, classes: list[str], trained: dict | None) -> tuple[nn.Module, list[str]]:
@@ -418,20 +411,21 @@ def as_features(
     from tqdm import tqdm
 
     device, found, start = sets[0].labels.device, [], time.perf_counter()
-    bar = tqdm(total=sum(map(len, sets)), desc="features", unit=" pictures", leave=False, disable=None)
-    for pictures in sets:
-        parts = []
-        for images, labels in pictures.batches(pictures.evaluation_batch):
-            with autocast(device, precision):
-                parts.append(frozen.features(images).float())
-            bar.update(len(labels))
-            size = parts[0][0].nbytes * bar.total
-            if not found and len(parts) == 1 and size > config.memory_share * datasets.free_memory(device):
-                bar.close()
-                print(f"features would take {size / 1e6:,.1f} MB: computed anew every epoch", file=sys.stderr)
-                return None
-        found.append(datasets.Features(torch.cat(parts), pictures.labels, pictures.classes, pictures.split))
-    bar.close()
+    with tqdm(total=sum(map(len, sets)), desc="features", unit=" pictures", leave=False, disable=None) as bar:
+        for pictures in sets:
+            features, done = None, 0
+            for images, labels in pictures.batches(pictures.evaluation_batch):
+                with autocast(device, precision):
+                    batch = frozen.features(images).float()
+                size = batch[0].nbytes * bar.total
+                if not found and not done and size > config.memory_share * datasets.free_memory(device):
+                    print(f"features would take {size / 1e6:,.1f} MB: computed anew every epoch", file=sys.stderr)
+                    return None
+                features = batch.new_empty(len(pictures), *batch.shape[1:]) if features is None else features
+                features[done : done + len(labels)] = batch
+                done += len(labels)
+                bar.update(len(labels))
+            found.append(datasets.Features(features, pictures.labels, pictures.classes, pictures.split))
     print(f"features computed once, in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return found
 
@@ -606,7 +600,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick(config.device)
     precision = pick_precision(config.precision, device)
     tune(device)
-    model.check(config.model, network_options(config, 2, trained), config.batch_size)
+    model.check(config.model, network_options(config, 2, trained), config.batch_size, config.freeze != "all")
 
     train_set, *eval_sets = load_data(config, device)  # the first of eval_sets chooses the best epoch
     split, classes = eval_sets[0].split, train_set.classes
@@ -615,7 +609,7 @@ def main(argv: list[str] | None = None) -> None:
     seed(config.seed)
     options = network_options(config, len(classes), trained)
     network, head = build(config, options, classes, trained)
-    network = network.to(device, memory_format=memory_format(device))
+    network, trained = network.to(device, memory_format=memory_format(device)), None  # its memory is free again
     steps = config.epochs * train_set.steps(config.batch_size)
     say_what(config, (train_set, *eval_sets), network, device)
 

@@ -329,7 +329,7 @@ def test_small_pictures_are_enlarged_batch_by_batch_as_single_ones_are(how):
         file = io.BytesIO(as_bytes(Image.fromarray(small.permute(1, 2, 0).numpy())))
         picture, _ = datasets.read_picture(file, datasets.Sizing(*how))
         difference = np.abs(picture.astype(int) - image.permute(1, 2, 0).numpy())
-        assert difference.mean() < 0.5 and (how[2] == "bicubic" or difference.max() <= 2)
+        assert difference.max() <= 2
     augment = datasets.Augment(flip=True, crop=4, cutout=9)
     assert next(shown.batches(20, augment=augment))[0].shape == (20, 3, how[0], how[0])
 

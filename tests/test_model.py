@@ -84,6 +84,28 @@ def test_the_table_counts_parameters_and_multiply_adds(capsys):
     assert len(lines) == 11 and lines[-2].split()[:2] == ["head", "head"]
 
 
+@pytest.mark.parametrize(
+    ("name", "multiply_adds"), [("resnet18", 1_814_073_344), ("vit_b_32", 4_410_000_000), ("swin_t", 4_500_000_000)]
+)
+def test_the_tables_lines_add_up_for_every_kind_of_network(name, multiply_adds, capsys):
+    """The multiply-adds at 224 pixels are those of the papers (ViT's and Swin's are given there in round numbers)."""
+    assert model.cli(["--model", name, "--image-size", "224", "--classes", "1000"]) == 0
+    _, *lines, total = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for column in (-1, -2):
+        assert sum(int(line[column].replace(",", "")) for line in lines) == int(total[column].replace(",", ""))
+    assert int(total[-1].replace(",", "")) == pytest.approx(multiply_adds, rel=0.02)
+
+
+def test_without_torchvision_its_networks_are_refused(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert model.cli(["--model", "resnet18"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("model.py: torchvision, which has this network, cannot be imported") and error.count("\n") == 1
+    )
+    assert model.cli([]) == 0
+
+
 def test_the_script_writes_the_graph(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -103,6 +125,10 @@ def test_the_script_writes_the_graph(tmp_path, capsys):
         ("--model resnet_18", "did you mean resnet18?"),
         ("--model alexnet", "cannot train on pictures of 32 x 32 pixels"),
         ("--model vgg11 --stem small", "vgg11 does not begin with a stride-2 convolution"),
+        ("--stem small", "--stem small: cifar_quick takes small pictures as it is"),
+        ("--model resnet18 --activation gelu", "resnet18 has its own normalisation and activation"),
+        ("--model maxvit_t --image-size 224 --stem small", "--stem small: maxvit_t is built for"),
+        ("--export nowhere/a.pt2 --checkpoint a.pt", "there is no folder nowhere"),
         ("--modell x", "unrecognized arguments: --modell x"),
         ("--export a.pt2", "give --checkpoint FILE too"),
         ("--export a.txt --checkpoint a.pt", "must end in .pt2 or .onnx"),
@@ -239,6 +265,12 @@ def damage(kind: str, path, checkpoint: dict) -> None:
         torch.save({key: value for key, value in checkpoint.items() if key != kind.removeprefix("without ")}, path)
     elif kind == "format 3":
         torch.save(checkpoint | {"format": 3}, path)
+    elif kind == "nameless model":
+        torch.save(checkpoint | {"model": {}}, path)
+    elif kind == "no tensors":
+        torch.save(checkpoint | {"state_dict": {"head.weight": 3}}, path)
+    elif kind == "numbered weights":
+        torch.save(checkpoint | {"state_dict": {3: torch.zeros(1)}}, path)
     elif kind == "wrong type":
         torch.save(checkpoint | {"classes": "abc"}, path)
     elif kind == "other network":
@@ -278,6 +310,9 @@ def damage(kind: str, path, checkpoint: dict) -> None:
         ("module", "could run code; it was not loaded"),
         ("without classes", "'classes' is missing"),
         ("without state_dict", "'state_dict' is missing"),
+        ("nameless model", "'model' or 'state_dict' holds something else"),
+        ("no tensors", "'model' or 'state_dict' holds something else"),
+        ("numbered weights", "'model' or 'state_dict' holds something else"),
         ("wrong type", "'classes' is missing or not of type list"),
         ("format 3", "checkpoint format 3; this version reads 1 to 2"),
         ("other network", "no network 'lenet'"),

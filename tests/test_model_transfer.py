@@ -73,7 +73,9 @@ def test_every_network_gets_a_new_head_answers_and_comes_back(any_name, tmp_path
         assert torch.allclose(head_only(images), logits, atol=1e-5)
     assert model.stages(network, head).keys() == dict(network.named_parameters()).keys()
     model.freeze(network, head, None)
-    assert {name for name, p in network.named_parameters() if p.requires_grad} == set(head)
+    last_layer = head[-1].rpartition(".")[0]
+    trains = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert trains == {key for key in head if key.startswith(f"{last_layer}.")}
 
     model.save(tmp_path / "a.pt", a_checkpoint(any_name, options, network))
     del network
@@ -106,6 +108,8 @@ def test_networks_say_which_size_they_need(name, too_small, wanted):
     ):
         model.check(name, options)
     model.check(name, options | {"image_size": wanted})
+    if name == "inception_v3":  # its auxiliary classifier alone needs so much
+        model.check(name, options, training=False)
 
 
 def test_the_small_stem_keeps_the_resolution():
@@ -118,9 +122,10 @@ def test_the_small_stem_keeps_the_resolution():
     assert sum(p.numel() for p in network.parameters()) == 11_173_962  # as many as kuangliu/pytorch-cifar's ResNet18
 
 
-@pytest.mark.parametrize("name", ["vgg11", "convnext_tiny", "vit_b_32", "alexnet"])
+@pytest.mark.parametrize("name", ["vgg11", "convnext_tiny", "vit_b_32", "alexnet", "maxvit_t"])
 def test_networks_without_such_a_stem_say_so(name):
-    with model.Uninitialised(), pytest.raises(model.NetworkError, match=f"--stem small: {name} does not begin with"):
+    reason = "is built for the sizes" if name == "maxvit_t" else "does not begin with"
+    with model.Uninitialised(), pytest.raises(model.NetworkError, match=f"--stem small: {name} {reason}"):
         model.create(name, {"stem": "small", "image_size": 224})
 
 
@@ -258,6 +263,19 @@ def test_stages_go_through_the_network_in_order(name, first_weights):
         assert stage_of[key] == stage_of[before]
 
 
+@pytest.mark.parametrize("name", ["cifar_quick", "vgg16_bn", "vit_b_32", "resnet18"])
+def test_an_appended_head_leaves_the_stages_as_they_were(name):
+    options, counted = {"classes": 10, "image_size": 32}, []
+    for append in ({}, {"append": 1000}):
+        with model.Uninitialised():
+            network = model.create(name, options | append)
+        counted.append(model.stages(network, model.head_keys(name, options | append)))
+    plain, appended = counted
+    last = max(plain.values())
+    for key, stage in plain.items():
+        assert appended[f"network.{key}"] == (stage or last + 1)
+
+
 def test_the_class_token_is_frozen_with_the_first_stage():
     options = {"classes": 10, "image_size": 32}
     with model.Uninitialised():
@@ -276,8 +294,7 @@ def test_more_stages_than_there_are():
 @pytest.mark.parametrize(("count", "moves"), [(0, 4), (1, 3), (3, 1), (4, 0), (None, 0)])
 def test_frozen_batch_statistics_rest(count, moves):
     network = model.CifarQuick()
-    if count != 0:
-        model.freeze(network, ["head.weight", "head.bias"], count)
+    model.freeze(network, ["head.weight", "head.bias"], count)
     model.train_mode(network)
     norms = [layer for layer in network.modules() if hasattr(layer, "running_mean")]
     before = [layer.running_mean.clone() for layer in norms]
@@ -292,9 +309,7 @@ def test_frozen_dropout_rests():
     head = model.head_keys("vgg11", {"classes": 2, "image_size": 32})
     dropouts = [layer for layer in network.modules() if isinstance(layer, nn.Dropout)]
     for count, training in ((0, [True, True]), (8, [True, True]), (9, [False, True]), (None, [False, False])):
-        network.requires_grad_(True)
-        if count != 0:
-            model.freeze(network, head, count)
+        model.freeze(network, head, count)
         model.train_mode(network)
         assert [layer.training for layer in dropouts] == training, count
 

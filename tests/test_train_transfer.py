@@ -156,6 +156,11 @@ def test_augmented_pictures_go_through_the_frozen_part_each_time(run, tmp_path, 
     assert "features" not in capsys.readouterr().err
 
 
+def test_a_frozen_network_trains_its_head_on_single_pictures(run, tmp_path):
+    flags = ["--weights", run / "best.pt", "--head", "replace", "--freeze", "all", "--batch-size", 1, "--limit", 10]
+    train_from(tmp_path, *flags)
+
+
 def test_the_backbone_has_a_rate_of_its_own():
     network = model.CifarQuick()
     config = train.Config(lr=0.1, backbone_lr=0.001, weight_decay=0.5)
@@ -233,8 +238,12 @@ def test_the_vgg16_config_trains_the_head_of_vgg16(tmp_path, monkeypatch):
             2,
             "cannot train on pictures of 32 x 32 pixels (Expected more than 1 value",
         ),
-        ("--model resnet18 --activation gelu", 2, "are not for resnet18; add --activation relu --batch-norm"),
-        ("--stem small", 2, "--stem small: it is for networks of torchvision"),
+        (
+            "--model resnet18 --activation gelu",
+            2,
+            "resnet18 has its own normalisation and activation; add --activation relu",
+        ),
+        ("--stem small", 2, "--stem small: cifar_quick takes small pictures as it is"),
         ("--model vgg11 --stem small", 2, "vgg11 does not begin with a stride-2 convolution; use --stem standard"),
         ("--weights imagenet", 2, "there are none for cifar_quick; take a network of torchvision"),
         ("--weights nowhere.pt", 1, "nowhere.pt: no such checkpoint"),
@@ -247,6 +256,7 @@ def test_the_vgg16_config_trains_the_head_of_vgg16(tmp_path, monkeypatch):
         ("--head behead", 2, "argument --head: invalid choice: 'behead'"),
         ("--freeze 1", 2, "--freeze 1: untrained stages would stay random; add --weights"),
         ("--freeze most --weights RUN", 2, "--freeze: 'most' is neither a number of stages nor all"),
+        ("--freeze 00 --weights RUN", 2, "--freeze: '00' is neither a number of stages nor all"),
         ("--freeze 5 --weights RUN", 2, "--freeze 5: there are 4 stages before the head"),
         ("--freeze all --weights RUN --backbone-lr 0.1", 2, "--backbone-lr: with --freeze all nothing but the head"),
     ],

@@ -82,6 +82,17 @@ def tune(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
+def memory_used(device: torch.device) -> float:
+    """The most memory that this process had at a time, in MiB: on a GPU, or else in the machine (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def seed(*numbers: int) -> None:
     """Seed torch's generators on all devices (initialisation, dropout) with a mix of e.g. `(seed, epoch)`."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))

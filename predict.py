@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import datasets
 import model
+import views
 from device import DeviceError, memory_format, pick
 
+EXPLAINED = ".explained.png"  # how the names of the pictures that --show writes end
 BATCH = 250  # pictures in memory at a time
 
 
@@ -43,7 +46,7 @@ def find(names: list[str]) -> Iterator[str | Path]:
     """The pictures to classify, in the order given: folders are searched, `-` is standard input."""
     for name in names:
         inside = datasets.list_pictures(Path(name)) if name != "-" and Path(name).is_dir() else []
-        yield from inside or [name]
+        yield from [path for path in inside if not path.endswith(EXPLAINED)] or [name]
 
 
 def sizing(checkpoint: dict) -> datasets.Sizing:
@@ -64,7 +67,8 @@ def read(name: str | Path, sizing: datasets.Sizing) -> Tensor | None:
 
 
 def answers(names: Iterable[str | Path], network: nn.Module, checkpoint: dict, device: torch.device) -> Iterator:
-    """Pairs of a picture's name and its class probabilities `(classes,)`, or None if it can't be read."""
+    """A picture's name, its class probabilities `(classes,)` and itself, uint8 `(side, side, 3)`, for each picture;
+    None and None if it can't be read."""
     names = list(names)
     for start in range(0, len(names), BATCH):
         batch = names[start : start + BATCH]
@@ -75,7 +79,31 @@ def answers(names: Iterable[str | Path], network: nn.Module, checkpoint: dict, d
             images = torch.stack(readable).permute(0, 3, 1, 2).to(device)
             shares = iter(classify(network, checkpoint, images).cpu())
         for name, picture in zip(batch, pictures, strict=True):
-            yield name, None if picture is None else next(shares)
+            yield name, None if picture is None else next(shares), picture
+
+
+def explain(
+    name: str | Path, shares: Tensor, picture: Tensor, network: nn.Module, checkpoint: dict, top_k: int
+) -> None:
+    """Write `dog.explained.png` beside `dog.png`: the picture, what the answer hangs on, the top classes as bars."""
+    path = Path("standard_input" if name == "-" else name)
+    path = path.with_name(path.name.removesuffix(".png") + EXPLAINED)
+    image = picture.permute(2, 0, 1)[None].to(next(network.parameters()).device)
+    heat = views.saliency(network, datasets.normalize(image, checkpoint["mean"], checkpoint["std"]))
+    top, places = shares.topk(min(top_k, len(shares)))
+    names = [checkpoint["classes"][place] for place in places.tolist()]
+    file = io.BytesIO()
+    Image.fromarray(views.explained(picture.numpy(), heat, names, top.tolist())).save(file, "PNG")
+    model.write(path, file.getvalue())
+    print(f"explained: {path}", file=sys.stderr)
+
+
+def explaining(answered: Iterator, network: nn.Module, checkpoint: dict, top_k: int) -> Iterator:
+    """The same answers; each picture is explained as it passes."""
+    for name, shares, picture in answered:
+        if picture is not None:
+            explain(name, shares, picture, network, checkpoint, top_k)
+        yield name, shares, picture
 
 
 def report(pairs: Iterator, classes: list[str], top_k: int, form: str) -> int:
@@ -87,7 +115,7 @@ def report(pairs: Iterator, classes: list[str], top_k: int, form: str) -> int:
         table.writerow(
             ["file"] + [f"{what}_{place + 1}" for place in range(top_k) for what in ("class", "probability")]
         )
-    for name, shares in pairs:
+    for name, shares, _ in pairs:
         if shares is None:
             failed = True
             continue
@@ -145,6 +173,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--json", dest="form", action="store_const", const="json", help="a JSON object a line")
     forms.add_argument("--csv", dest="form", action="store_const", const="csv", help="a table with a header")
+    parser.add_argument("--show", action="store_true", help="write NAME.explained.png: what the answer hangs on")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     parser.error = lambda message: parser.exit(2, f"predict.py: {message}\n")
     args, unknown = parser.parse_known_args(argv)
@@ -155,6 +184,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give pictures or --evaluate DATA, one of them (--help tells more)")
     if args.evaluate and args.form == "csv":
         parser.error("--csv: an evaluation is printed as text or with --json")
+    if args.evaluate and args.show:
+        parser.error("--show: it explains pictures, not an evaluation")
     if args.top_k < 1:
         parser.error(f"--top-k {args.top_k}: must be at least 1")
     return args
@@ -176,9 +207,10 @@ def main(argv: list[str] | None = None) -> int:
         else:
             show(result, checkpoint["classes"])
         return 0
-    return report(
-        answers(find(args.pictures), network, checkpoint, device), checkpoint["classes"], args.top_k, args.form
-    )
+    answered = answers(find(args.pictures), network, checkpoint, device)
+    if args.show:
+        answered = explaining(answered, network, checkpoint, args.top_k)
+    return report(answered, checkpoint["classes"], args.top_k, args.form)
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 import tomllib
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 import datasets
 import model
-from device import DeviceError, autocast, memory_format, pick, pick_precision, seed, tune
+import views
+from device import DeviceError, autocast, memory_format, memory_used, pick, pick_precision, seed, tune
 from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, suggestion
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
@@ -129,6 +131,10 @@ class Config:
 
     seed: int = setting("run", 0, "of initialisation, order and augmentation", at_least=0, at_most=2**63 - 1)
     log_dir: str = setting("run", "logs", "where run folders live")
+    views: bool = setting("run", True, "pictures, curves a class and texts in TensorBoard, beside the scalars")
+    view_every: int = setting("run", 0, "epochs between two sets of pictures; 0: ten times in the run", at_least=0)
+    histograms: bool = setting("run", False, "views: how weights and gradients are distributed")
+    embedding: bool = setting("run", False, "views: 1,000 test pictures in the projector, by the last hidden layer")
     run_name: str = setting("run", "", "the run's folder; date, time and network if not given")
 
 
@@ -291,7 +297,11 @@ class Trainer:
     precision: torch.dtype
 
     def step(self, images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-        """One step of SGD on a batch; returns its mean loss and its logits, without waiting for the device."""
+        """One step of SGD on a batch; returns its mean loss and its logits, without waiting for the device.
+
+        The gradients stay until the next step, for whoever wants to look at them.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
             logits, *auxiliary = model.answers(self.forward(images))
             loss = total = model.loss_function(logits, labels, config.loss, config.label_smoothing)
@@ -303,8 +313,11 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return loss.detach(), logits.detach()
+
+    def gradient_norm(self) -> float:
+        """The length of the last step's gradient, over all that trains."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.trains.parameters() if p.grad is not None]).item()
 
     def state_dict(self) -> dict:
         """What resuming needs beside the weights."""
@@ -457,6 +470,7 @@ def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, 
                 bar.set_postfix(loss=f"{mean:.3f}")
                 writer.add_scalar("loss/train", mean, (epoch - 1) * steps + step)
                 writer.add_scalar("lr", lr, (epoch - 1) * steps + step)
+            writer.add_scalar("gradient_norm", trainer.gradient_norm(), (epoch - 1) * steps + step)
             logged_sum, logged_pictures = total, pictures
     seconds = time.perf_counter() - start
     return {
@@ -470,14 +484,16 @@ def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, 
     }
 
 
-def evaluate(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> dict:
-    """Exact mean loss (without label smoothing) and accuracy over all pictures, in eval mode."""
+def evaluate(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> tuple[dict, Tensor, Tensor]:
+    """Exact mean loss (without label smoothing) and accuracy over all pictures, in eval mode; and what they are of:
+    class probabilities `(N, classes)` and labels `(N,)`. Raises TrainingError when the loss is not finite."""
     with autocast(trainer.device, trainer.precision):
         logits, labels = model.outputs(trainer.trains, pictures.batches(pictures.evaluation_batch))
     loss, accuracy = model.score(logits, labels, config.loss)
     if not math.isfinite(loss):
         raise TrainingError(f"the {pictures.split} loss is {loss}; try a lower --lr")
-    return {f"{pictures.split}_loss": loss, f"{pictures.split}_accuracy": accuracy}
+    metrics = {f"{pictures.split}_loss": loss, f"{pictures.split}_accuracy": accuracy}
+    return metrics, model.probabilities(logits, config.loss), labels
 
 
 # ---- the run folder ------------------------------------------------------------------------------------------------
@@ -499,21 +515,85 @@ def start_run(config: Config) -> Path:
     return run
 
 
-def show_start(writer, network: nn.Module, train_set: datasets.Pictures, split: str, config: Config) -> None:
-    """Samples as the network sees them, its graph, and the config as hparams, in TensorBoard."""
+def show_start(writer, network: nn.Module, split: str, config: Config, device: torch.device) -> None:
+    """What TensorBoard knows before training: the graph, the config as hparams and as text, which curves belong
+    together."""
     from torch.utils.tensorboard.summary import hparams
 
-    images, _ = next(training_batches(train_set, config, epoch=1))
-    samples = datasets.denormalize(images[:32], train_set.mean, train_set.std)
-    writer.add_images("samples", datasets.enlarge(samples), 0)
-    model.write_graph(writer, network, images[:1])
+    model.write_graph(writer, network, torch.zeros(1, 3, config.image_size, config.image_size, device=device))
     values = {name: str(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     # add_hparams would make a run of its own (pytorch issue 32651); the three summaries it is made of do not.
     for summary in hparams(values, dict.fromkeys((f"accuracy/{split}", f"loss/{split}"), 0.0)):
         writer.file_writer.add_summary(summary)
+    together = {what: ["Multiline", [f"{what}/train", f"{what}/{split}"]] for what in ("loss", "accuracy")}
+    writer.add_custom_scalars({"training against what was held back": together})
+    about = {
+        "revision": revision(),
+        "device": str(device),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    for name, rows in (("config", values), ("machine", about)):
+        lines = [f"| {key} | {value} |" for key, value in rows.items()]
+        writer.add_text(name, "\n".join(["| | |", "| --- | --- |", *lines]))
 
 
-def log(writer, run: Path, metrics: dict) -> None:
+def revision() -> str:
+    """The git commit of these scripts, with a + when files were changed since; "unknown" outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def look(
+    pictures: datasets.Pictures, places: Tensor, epoch: int = 0, config: Config | None = None
+) -> tuple[Tensor, ...]:
+    """Pictures at these places: float as the network gets them, uint8 as a person does, and their labels.
+
+    With a config they are augmented as its training pictures in this epoch.
+    """
+    augment, seed = (augmentation(config), config.seed) if config else (None, 0)
+    chosen = pictures.take(places.cpu())
+    inputs, labels = next(chosen.batches(len(places), False, augment, seed, epoch))
+    return inputs, datasets.denormalize(inputs, pictures.mean, pictures.std), labels
+
+
+def show(
+    writer, network: nn.Module, sets: list[datasets.Pictures], epoch: int, step: int, config: Config, answers: tuple
+):
+    """Draw what is due after an epoch; `answers` are shares and labels of the last set, none before training (0)."""
+    every = config.view_every or math.ceil(config.epochs / 10)
+    if not config.views or (epoch % every and epoch != config.epochs):
+        return
+    train_set, test_set = sets
+    views.write(
+        writer,
+        step,
+        network.eval(),
+        test_set.classes,
+        lambda: look(train_set, torch.arange(min(16, len(train_set))), epoch, config)[1:],
+        lambda places: look(test_set, places),
+        *answers,
+    )
+    if config.histograms and epoch:
+        views.write_histograms(writer, step, network)
+
+
+def show_embedding(writer, network: nn.Module, head: list[str], test_set: datasets.Pictures, step: int, config: Config):
+    """1,000 test pictures in TensorBoard's projector, by what the head gets to see of them."""
+    frozen, places = model.HeadOnly(network, head, config.image_size), torch.arange(min(1000, len(test_set)))
+    parts = [look(test_set, part) for part in places.split(test_set.evaluation_batch)]
+    hidden, images, labels = (
+        torch.cat(part) for part in zip(*((frozen.features(x), *y) for x, *y in parts), strict=True)
+    )
+    views.write_embedding(
+        writer, step, hidden.flatten(1), images, [test_set.classes[label] for label in labels.tolist()]
+    )
+
+
+def log(writer, run: Path, metrics: dict, memory: float) -> None:
     """One epoch's metrics into metrics.jsonl and TensorBoard."""
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
@@ -521,8 +601,9 @@ def log(writer, run: Path, metrics: dict) -> None:
         split, _, what = name.partition("_")
         if what in ("loss", "accuracy"):
             writer.add_scalar(f"{what}/{split}", value, metrics["step"])
-        elif name in ("lr", "images_per_second"):
+        elif name in ("lr", "images_per_second", "epoch_seconds"):
             writer.add_scalar(name, value, metrics["step"])
+    writer.add_scalar("memory_mib", memory, metrics["step"])
     writer.flush()  # so that a short or broken run shows all it did
 
 
@@ -558,19 +639,30 @@ def line(metrics: dict, split: str, config: Config, best: bool) -> str:
     return f"epoch {epoch}  {train}  {held_out}  {speed}{'  <- best' if best else ''}"
 
 
-def finish(writer, run: Path, trainer: Trainer, sets: list[datasets.Pictures], best: dict, config: Config) -> None:
-    """Say where the best checkpoint is and how to go on; with held-out pictures, test it now, once."""
+def finish(
+    writer,
+    run: Path,
+    trainer: Trainer,
+    sets: list[datasets.Pictures],
+    best: dict,
+    answers: tuple[Tensor, Tensor],
+    config: Config,
+) -> None:
+    """Say where the best checkpoint is, what it mistakes (by its `answers`: shares and labels), and how to go on; with
+    held-out pictures, test it now, once."""
     if len(sets) == 1:
         split = sets[0].split
         result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
     else:
         network, checkpoint = model.load(run / "best.pt", trainer.device)
-        test = evaluate(replace(trainer, trains=network), sets[1], config)
+        test, *answers = evaluate(replace(trainer, trains=network), sets[1], config)
         for name, value in test.items():
             writer.add_scalar(f"{name.partition('_')[2]}/test", value, best["step"])
         model.save(run / "best.pt", checkpoint | {"metrics": best | test})
         result = f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {test['test_accuracy']:.1%}"
     print(f"best: epoch {best['epoch']}, {result}")
+    if pairs := views.worst_pairs(views.count_pairs(*answers), sets[0].classes):
+        print(f"most mistaken: {', '.join(pairs)}")
     print(f"python predict.py YOUR_PICTURE --checkpoint {quoted(run / 'best.pt')}")
     print(f"tensorboard --logdir {quoted(config.log_dir)}")
 
@@ -622,18 +714,25 @@ def main(argv: list[str] | None = None) -> None:
 
     from torch.utils.tensorboard import SummaryWriter  # takes a while, so not before all is known to be right
 
-    run, best = start_run(config), None
+    run, best, best_answers = start_run(config), None, ()
     with SummaryWriter(run) as writer:
-        show_start(writer, network, train_set, split, config)
+        show_start(writer, network, split, config, device)
+        show(writer, network, [train_set, eval_sets[0]], 0, 0, config, ())
         for epoch in range(1, config.epochs + 1):
             metrics = train_epoch(trainer, epoch_sets[0], config, epoch, writer)
-            metrics |= evaluate(trainer, epoch_sets[1], config)
+            held_out, *answers = evaluate(trainer, epoch_sets[1], config)
+            metrics |= held_out
             is_best = best is None or metrics[f"{split}_accuracy"] > best[f"{split}_accuracy"]
-            best = metrics if is_best else best
+            best, best_answers = (metrics, answers) if is_best else (best, best_answers)
             save(run, trainer, options, classes, config, metrics, is_best)
-            log(writer, run, metrics)
+            show(writer, network, [train_set, eval_sets[0]], epoch, metrics["step"], config, answers)
+            log(writer, run, metrics, memory_used(device))
             print(line(metrics, split, config, is_best), flush=True)
-        finish(writer, run, trainer, eval_sets, best, config)
+        if config.embedding:
+            views.attempt(
+                "embedding", lambda: show_embedding(writer, network, head, eval_sets[0], best["step"], config)
+            )
+        finish(writer, run, trainer, eval_sets, best, best_answers, config)
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, as_bytes, noisy
@@ -101,6 +102,23 @@ def test_pictures_are_prepared_as_in_training(ask, colour_run, colour_folder):
     answer = {guess["class"]: guess["probability"] for guess in json.loads(lines[0])["classes"]}
     mine = torch.tensor([answer[name] for name in checkpoint["classes"]])
     assert (expected - mine).abs().sum(1).min() < 1e-4
+
+
+def test_show_explains_each_picture_beside_it(ask, pictures):
+    status, lines, errors = ask(pictures, "--show", "--top-k", 2)
+    assert status == 0 and len(lines) == 3
+    assert f"explained: {pictures / 'a.explained.png'}" in errors.splitlines()
+    for name in ("a", "b.JPG", "inside/c.webp"):
+        explained = Image.open(pictures / f"{name}.explained.png")
+        assert explained.mode == "RGB" and explained.width > 900
+        seen = np.asarray(explained)[40:328, 20:308]
+        assert (
+            np.abs(
+                seen[::9, ::9].astype(int).mean((0, 1)) - COLOURS[{"a": "red", "b": "green", "i": "blue"}[name[0]]]
+            ).max()
+            < 12
+        )
+    assert len(ask(pictures)[1]) == 3  # explanations are not classified in their turn
 
 
 def test_the_checkpoints_resize_is_applied(ask, colour_run, tmp_path):

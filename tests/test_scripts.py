@@ -13,14 +13,14 @@ def test_train_then_predict_then_evaluate(script, tmp_path):
     trained = script("train.py", *run)
     assert trained.returncode == 0, trained.stderr
     lines = trained.stdout.splitlines()
-    assert len(lines) == 5 and lines[1].startswith("epoch 2/2")
+    assert len(lines) == 6 and lines[1].startswith("epoch 2/2")
     assert trained.stderr.count("\n") == 1 and "500 train, 500 test pictures" in trained.stderr  # no bar in a pipe
     noisy((90, 90, 90), 0).save(tmp_path / "dog.png")
 
     guessed = script("predict.py", "dog.png")
     assert guessed.returncode == 0 and guessed.stdout.startswith("dog.png  ") and guessed.stdout.count("%") == 3
     assert guessed.stderr.startswith("checkpoint: logs")
-    printed = script(*lines[3].split()[1:2], "dog.png", *lines[3].split()[3:])  # the command that train.py printed
+    printed = script(*lines[4].split()[1:2], "dog.png", *lines[4].split()[3:])  # the command that train.py printed
     assert printed.stdout == guessed.stdout and printed.stderr == ""
 
     piped = subprocess.run(

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 import tomllib
 
 import numpy as np
@@ -79,7 +80,8 @@ def test_tensorboard_gets_all_tags_at_the_same_steps(run):
     accumulator = events(run)
     tags = accumulator.Tags()
     scalars = {"loss/train", "loss/test", "accuracy/train", "accuracy/test", "lr", "images_per_second"}
-    assert set(tags["scalars"]) == scalars and tags["graph"] and tags["images"] == ["samples"]
+    scalars |= {"epoch_seconds", "gradient_norm", "memory_mib"}
+    assert set(tags["scalars"]) == scalars and tags["graph"]
     for tag in scalars:
         assert [event.step for event in accumulator.Scalars(tag)] == [16, 32, 48]
     values = [event.value for event in accumulator.Scalars("accuracy/test")]
@@ -94,13 +96,14 @@ def test_the_training_loss_is_also_logged_every_hundred_steps(tmp_path):
 
 def test_samples_are_augmented_training_pictures(run):
     picture = Image.open(io.BytesIO(events(run).Images("samples")[0].encoded_image_string))
-    first = np.asarray(picture)[:96, :96][::3, ::3].astype(int)
+    first = np.asarray(picture)[4:100, 4:100][::3, ::3].astype(int)
     checkpoint = torch.load(run / "best.pt", weights_only=True)
     config = train.Config(**checkpoint["config"])
     train_set, _ = datasets.load("shapes", limit=1000)
-    images, _ = next(train.training_batches(train_set, config, epoch=1))
+    augment = train.augmentation(config)
+    images, _ = next(train_set.take(torch.arange(16)).batches(16, augment=augment, seed=config.seed, epoch=0))
     expected = datasets.denormalize(images[:1], train_set.mean, train_set.std)[0].permute(1, 2, 0)
-    assert picture.size[0] >= 8 * 96 and np.abs(first - expected.numpy()).max() <= 1
+    assert picture.size[0] >= 4 * 96 and np.abs(first - expected.numpy()).max() <= 1
 
 
 def test_hparams_are_in_the_same_run(run):
@@ -112,12 +115,13 @@ def test_hparams_are_in_the_same_run(run):
 def test_what_is_printed(tmp_path, capsys):
     assert train.cli([*QUICK, "--epochs", "2", "--log-dir", str(tmp_path / "my logs"), "--run-name", "a"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 5 and all(len(line) <= 100 for line in out[:2])
+    assert len(out) == 6 and all(len(line) <= 100 for line in out[:2])
     assert out[0].startswith("epoch 1/2  train loss ") and out[0].endswith("  <- best")
     assert out[2].startswith("best: epoch ") and out[2].endswith("(chosen on the test pictures)")
     best = tmp_path / "my logs" / "a" / "best.pt"
-    assert out[3] == f'python predict.py YOUR_PICTURE --checkpoint "{best}"' and best.exists()
-    assert out[4] == f'tensorboard --logdir "{tmp_path / "my logs"}"'
+    assert re.fullmatch(r"most mistaken: (\w+ taken for \w+ \d+ %(, )?){3}", out[3])
+    assert out[4] == f'python predict.py YOUR_PICTURE --checkpoint "{best}"' and best.exists()
+    assert out[5] == f'tensorboard --logdir "{tmp_path / "my logs"}"'
 
 
 # ---- repeating ----

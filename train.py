@@ -556,6 +556,8 @@ def look(
     """
     augment, seed = (augmentation(config), config.seed) if config else (None, 0)
     chosen = pictures.take(places.cpu())
+    if isinstance(chosen, datasets.Streamed):
+        chosen = replace(chosen, workers=0)  # to start processes takes longer than to read a few files
     inputs, labels = next(chosen.batches(len(places), False, augment, seed, epoch))
     return inputs, datasets.denormalize(inputs, pictures.mean, pictures.std), labels
 

@@ -539,15 +539,22 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
         checkpoint = {"resize": checkpoint.get("image_size"), "interpolation": "bilinear"} | checkpoint
     elif checkpoint["format"] != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']!r}; this version reads 1 to {FORMAT}")
+    if problem := bad_content(checkpoint):
+        raise CheckpointError(f"{path}: the checkpoint's {problem}")
+    return checkpoint
+
+
+def bad_content(checkpoint: dict) -> str | None:
+    """What is wrong with a checkpoint's content, in words; None when nothing is."""
     for key, kind in CONTENT.items():
         if not isinstance(checkpoint.get(key), kind):
-            raise CheckpointError(f"{path}: the checkpoint's {key!r} is missing or not of type {kind.__name__}")
+            return f"{key!r} is missing or not of type {kind.__name__}"
     name, options = (checkpoint["model"].get(key) for key in ("name", "options"))
     weights = checkpoint["state_dict"].items()
     if not (isinstance(name, str) and isinstance(options, dict)) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in weights
     ):
-        raise CheckpointError(f"{path}: the checkpoint's 'model' or 'state_dict' holds something else")
+        return "'model' or 'state_dict' holds something else"
     numbers = [*checkpoint["mean"], *checkpoint["std"]]
     if (
         len(checkpoint["mean"]) != 3
@@ -559,8 +566,8 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
         or checkpoint["interpolation"] not in INTERPOLATIONS
         or checkpoint["config"].get("loss", LOSSES[0]) not in LOSSES
     ):
-        raise CheckpointError(f"{path}: the checkpoint's classes, sizes, mean, std or config hold impossible values")
-    return checkpoint
+        return "classes, sizes, mean, std or config hold impossible values"
+    return None
 
 
 # ---- looking at networks -------------------------------------------------------------------------------------------

@@ -443,6 +443,18 @@ def as_features(
     return found
 
 
+def what_trains(
+    network: nn.Module, head: list[str], sets: list[datasets.Pictures], config: Config, precision: torch.dtype
+) -> tuple[nn.Module, list[datasets.Pictures]]:
+    """What an epoch trains, and on what: the network on pictures or, if it is frozen, its head, on features if it can."""
+    if config.freeze != "all":
+        return network, sets
+    head_only = model.HeadOnly(network, head, config.image_size)
+    if not augmentation(config) and (features := as_features(sets, head_only, config, precision)):
+        return head_only.tail, features
+    return head_only, sets
+
+
 def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, epoch: int, writer) -> dict:
     """One pass over the training pictures; returns its metrics. Raises TrainingError when the loss is not finite."""
     from tqdm import tqdm
@@ -707,11 +719,8 @@ def main(argv: list[str] | None = None) -> None:
     steps = config.epochs * train_set.steps(config.batch_size)
     say_what(config, (train_set, *eval_sets), network, device)
 
-    trains, epoch_sets = network, [train_set, eval_sets[0]]
-    if config.freeze == "all":
-        trains = model.HeadOnly(network, head, config.image_size)
-        if not augmentation(config) and (features := as_features(epoch_sets, trains, config, precision)):
-            trains, epoch_sets = trains.tail, features
+    shown_sets = [train_set, eval_sets[0]]
+    trains, epoch_sets = what_trains(network, head, shown_sets, config, precision)
     trainer = make_trainer(network, config, steps, device, precision, head, trains)
 
     from torch.utils.tensorboard import SummaryWriter  # takes a while, so not before all is known to be right
@@ -719,7 +728,7 @@ def main(argv: list[str] | None = None) -> None:
     run, best, best_answers = start_run(config), None, ()
     with SummaryWriter(run) as writer:
         show_start(writer, network, split, config, device)
-        show(writer, network, [train_set, eval_sets[0]], 0, 0, config, ())
+        show(writer, network, shown_sets, 0, 0, config, ())
         for epoch in range(1, config.epochs + 1):
             metrics = train_epoch(trainer, epoch_sets[0], config, epoch, writer)
             held_out, *answers = evaluate(trainer, epoch_sets[1], config)
@@ -727,13 +736,11 @@ def main(argv: list[str] | None = None) -> None:
             is_best = best is None or metrics[f"{split}_accuracy"] > best[f"{split}_accuracy"]
             best, best_answers = (metrics, answers) if is_best else (best, best_answers)
             save(run, trainer, options, classes, config, metrics, is_best)
-            show(writer, network, [train_set, eval_sets[0]], epoch, metrics["step"], config, answers)
+            show(writer, network, shown_sets, epoch, metrics["step"], config, answers)
             log(writer, run, metrics, memory_used(device))
             print(line(metrics, split, config, is_best), flush=True)
-        if config.embedding:
-            views.attempt(
-                "embedding", lambda: show_embedding(writer, network, head, eval_sets[0], best["step"], config)
-            )
+        if config.views and config.embedding:
+            views.attempt("embedding", lambda: show_embedding(writer, network, head, eval_sets[0], steps, config))
         finish(writer, run, trainer, eval_sets, best, best_answers, config)
 
 

@@ -94,8 +94,6 @@ def most_mistaken(shares: Tensor, labels: Tensor, count: int = 16) -> Tensor:
 
 def mistakes(images: Tensor, labels: Tensor, shares: Tensor, classes: Sequence[str]) -> np.ndarray:
     """Wrongly answered uint8 images `(N, 3, H, W)`, each with its truth, the guess, and the share the guess got."""
-    if not len(images):
-        return note("no mistakes")
     confidence, guesses = (values.tolist() for values in shares.max(1))
     captions = [
         f"is {classes[label]}\n{share:.0%} {classes[guess]}"
@@ -286,13 +284,16 @@ def report_once(name: str, reason: str) -> None:
     print(f"no {name} in TensorBoard: {reason}", file=sys.stderr)
 
 
+Test = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # places -> pictures for the network, uint8, their labels
+
+
 def write(
     writer,
     step: int,
     network: nn.Module,
     classes: Sequence[str],
     training: Callable[[], tuple[Tensor, Tensor]],
-    test: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+    test: Test,
     shares: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> None:
@@ -306,40 +307,42 @@ def write(
     def picture(name: str, make: Callable[[], np.ndarray]) -> None:
         attempt(name, lambda: writer.add_image(name, make(), step, dataformats="HWC"))
 
-    def write_features() -> None:
-        image, _, _ = test(torch.tensor([0]))
-        for name, maps in outputs(network, image).items():
-            writer.add_image(f"features/{name}", features(maps), step, dataformats="HWC")
-
     picture("samples", lambda: samples(*training(), classes))
     picture("filters", lambda: filters(network))
-    attempt("features", write_features)
-    if shares is None:
-        return
+    attempt("features", lambda: write_features(writer, step, network, test))
+    if shares is not None:
+        picture("confusion", lambda: confusion(count_pairs(shares, labels), classes))
+        picture("mistakes", lambda: mistakes_in(test, shares, labels, classes))
+        picture("saliency", lambda: saliency_in(network, test, shares, classes))
+        attempt("pr", lambda: write_curves(writer, step, shares, labels, classes))
 
-    def draw_mistakes() -> np.ndarray:
-        places = most_mistaken(shares, labels)
-        if not len(places):
-            return note("no mistakes")
-        _, images, truths = test(places)
-        return mistakes(images, truths, shares[places], classes)
 
-    def draw_saliency() -> np.ndarray:
-        places = torch.arange(min(8, len(labels)))
-        inputs, images, truths = test(places)
-        heats = [saliency(network, image[None]) for image in inputs]
-        pairs = zip(shares[places.to(shares.device)].argmax(1).tolist(), truths.tolist(), strict=True)
-        captions = [classes[guess] + f" (is {classes[truth]})" * (guess != truth) for guess, truth in pairs]
-        return saliencies(images, heats, captions)
+def write_features(writer, step: int, network: nn.Module, test: Test) -> None:
+    image, _, _ = test(torch.tensor([0]))
+    for name, maps in outputs(network, image).items():
+        writer.add_image(f"features/{name}", features(maps), step, dataformats="HWC")
 
-    def write_curves() -> None:
-        for place, name in enumerate(classes[:MOST_CLASSES]):
-            writer.add_pr_curve(f"pr/{name}", labels == place, shares[:, place], step)
 
-    picture("confusion", lambda: confusion(count_pairs(shares, labels), classes))
-    picture("mistakes", draw_mistakes)
-    picture("saliency", draw_saliency)
-    attempt("pr", write_curves)
+def mistakes_in(test: Test, shares: Tensor, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
+    places = most_mistaken(shares, labels)
+    if not len(places):
+        return note("no mistakes")
+    _, images, truths = test(places)
+    return mistakes(images, truths, shares[places], classes)
+
+
+def saliency_in(network: nn.Module, test: Test, shares: Tensor, classes: Sequence[str]) -> np.ndarray:
+    places = torch.arange(min(8, len(shares)))
+    inputs, images, truths = test(places)
+    heats = [saliency(network, image[None]) for image in inputs]
+    pairs = zip(shares[: len(places)].argmax(1).tolist(), truths.tolist(), strict=True)
+    captions = [classes[guess] + f" (is {classes[truth]})" * (guess != truth) for guess, truth in pairs]
+    return saliencies(images, heats, captions)
+
+
+def write_curves(writer, step: int, shares: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    for place, name in enumerate(classes[:MOST_CLASSES]):
+        writer.add_pr_curve(f"pr/{name}", labels == place, shares[:, place], step)
 
 
 def write_histograms(writer, step: int, network: nn.Module) -> None:

@@ -446,7 +446,7 @@ def as_features(
 def what_trains(
     network: nn.Module, head: list[str], sets: list[datasets.Pictures], config: Config, precision: torch.dtype
 ) -> tuple[nn.Module, list[datasets.Pictures]]:
-    """What an epoch trains, and on what: the network on pictures or, if it is frozen, its head, on features if it can."""
+    """What an epoch trains, and on what: the network on pictures; of a frozen one the head, on features if it can."""
     if config.freeze != "all":
         return network, sets
     head_only = model.HeadOnly(network, head, config.image_size)

@@ -19,7 +19,7 @@ import typing
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -573,6 +573,17 @@ def bad_content(checkpoint: dict) -> str | None:
 # ---- looking at networks -------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention (ViT's) step by step: in one piece it can be neither counted nor traced."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def measure(network: nn.Module, image_size: int) -> tuple[dict[str, tuple], dict[str, int]]:
     """Output shape and multiply-adds, those of modules inside included, of every module that works on one picture."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -582,11 +593,9 @@ def measure(network: nn.Module, image_size: int) -> tuple[dict[str, tuple], dict
     for name, module in network.named_modules():
         hook = lambda _, __, output, name=name: shapes.update({name: tuple(answers(output)[0].shape[1:])})  # noqa: E731
         hooks.append(module.register_forward_hook(hook))
-    counter, fast = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # attention is counted in its plainest form alone
-    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), plain_attention(), sdpa_kernel(SDPBackend.MATH):
         network.eval()(torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device))
-    torch.backends.mha.set_fastpath_enabled(fast)
     network.train(training)
     for hook in hooks:
         hook.remove()
@@ -664,7 +673,7 @@ def write_graph(writer, network: nn.Module, images: Tensor) -> None:
     """Draw the network in TensorBoard's Graphs page; a network that cannot be traced is named on standard error."""
     training = network.training
     try:
-        with warnings.catch_warnings():
+        with plain_attention(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer is deprecated, and TensorBoard's only one
             writer.add_graph(network.eval(), images)
     except Exception as error:

@@ -138,6 +138,16 @@ def test_auxiliary_outputs_come_after_the_logits():
     assert len(model.answers(model.create("resnet18", {})(images))) == 1
 
 
+@pytest.mark.parametrize("name", ["vit_b_32", "googlenet", "swin_v2_t"])
+def test_graphs_of_torchvisions_networks_can_be_drawn(name, tmp_path, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    network = model.create(name, {"classes": 3, "image_size": 32})
+    with SummaryWriter(tmp_path) as writer:
+        model.write_graph(writer, network, torch.zeros(1, 3, 32, 32))
+    assert "no graph" not in capsys.readouterr().err
+
+
 # ---- trained weights ----
 
 

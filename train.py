@@ -131,7 +131,7 @@ class Config:
 
     seed: int = setting("run", 0, "of initialisation, order and augmentation", at_least=0, at_most=2**63 - 1)
     log_dir: str = setting("run", "logs", "where run folders live")
-    views: bool = setting("run", True, "pictures, curves a class and texts in TensorBoard, beside the scalars")
+    views: bool = setting("run", True, "pictures and a PR curve a class in TensorBoard, beside the scalars")
     view_every: int = setting("run", 0, "epochs between two sets of pictures; 0: ten times in the run", at_least=0)
     histograms: bool = setting("run", False, "views: how weights and gradients are distributed")
     embedding: bool = setting("run", False, "views: 1,000 test pictures in the projector, by the last hidden layer")

@@ -14,7 +14,7 @@ import datasets
 import model
 import train
 
-QUICK = "--data shapes --limit 200 --epochs 1 --device cpu".split()
+QUICK = "--data shapes --limit 200 --epochs 1 --device cpu --no-views".split()
 
 
 def metrics(run) -> list[dict]:

@@ -11,7 +11,7 @@ import datasets
 import model
 import train
 
-QUICK = "--data shapes --limit 200 --epochs 1 --device cpu --run-name a".split()
+QUICK = "--data shapes --limit 200 --epochs 1 --device cpu --run-name a --no-views".split()
 
 
 def train_from(tmp_path, *flags: object) -> dict:

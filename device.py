@@ -4,6 +4,7 @@
 """
 
 import argparse
+import ctypes
 import platform
 import sys
 import time
@@ -13,6 +14,7 @@ from importlib import metadata
 import numpy as np
 import torch
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,18 +50,26 @@ def pick(name: str = "auto") -> torch.device:
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype that convolutions and matrix products run in: `auto`, `fp32`, `bf16` or `fp16`.
 
-    `auto` is bf16 on NVIDIA GPUs that compute in it (Ampere, 2020, and later) and fp32 everywhere else: it needs no
-    loss scaling there, and elsewhere it is slow, emulated or unsafe. Raises DeviceError where a precision cannot work.
+    `auto` is bf16 where the hardware computes in it, NVIDIA GPUs from Ampere (2020) on and CPUs with AVX512-BF16 or
+    AMX: it needs no loss scaling, and takes about 0.6 of the time on such a CPU. Elsewhere it is slow, emulated or
+    unsafe, and `auto` is fp32. Raises DeviceError where a precision cannot work.
     """
     if name == "auto":
-        ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if ampere else torch.float32
+        return torch.bfloat16 if computes_bf16(device) else torch.float32
     if name not in PRECISIONS:
         raise DeviceError(f"no precision {name!r}; there are: auto, {', '.join(PRECISIONS)}")
     # Autocast and GradScaler give wrong gradients on MPS (pytorch PR 184286); fp16 convolutions crawl on CPUs.
     if (device.type, name) in {("mps", "bf16"), ("mps", "fp16"), ("cpu", "fp16")}:
         raise DeviceError(f"{name} does not train well on {device.type}; use --precision fp32")
     return PRECISIONS[name]
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 numbers in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
@@ -76,10 +86,19 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def tune(device: torch.device) -> None:
-    """Turn on what makes this device fast: cuDNN's search for the best kernel, and TF32 for float32 products."""
+    """Turn on what makes this device fast: cuDNN's search for the best kernel, and TF32 for float32 products.
+
+    On Linux's CPUs: keep freed memory for the next step. By default glibc gives blocks above 32 MB back to the system
+    at once, and the next step waits while the system clears them anew: a step of 1,000 pictures then takes 1.7 times as
+    long.
+    """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def memory_used(device: torch.device) -> float:
@@ -106,11 +125,12 @@ def why(device: torch.device, precision: torch.dtype) -> tuple[str, str]:
         "cpu": "no CUDA or MPS device answers",
     }[device.type]
     if precision == torch.bfloat16:
-        return of_device, "this GPU computes bf16 natively, with the range of fp32"
+        kind = "GPU" if device.type == "cuda" else "CPU"
+        return of_device, f"this {kind} computes bf16 natively, with the range of fp32"
     of_precision = {
         "cuda": "this GPU is older than Ampere and has no bf16",
         "mps": "autocast gives wrong gradients on MPS",
-        "cpu": "exact everywhere; bf16 is only faster on some CPUs (try --precision bf16)",
+        "cpu": "this CPU has neither AVX512-BF16 nor AMX, and would emulate bf16",
     }[device.type]
     return of_device, of_precision
 

@@ -35,6 +35,7 @@ ACTIVATIONS = {"none": lambda: None, "relu": nn.ReLU, "gelu": nn.GELU, "silu": n
 STEMS = ("standard", "small")
 LOSSES = ("cross_entropy", "mse", "l1")
 INTERPOLATIONS = ("bilinear", "bicubic")
+TTA = ("none", "mirror", "shift")
 AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary classifiers (Szegedy et al. 2014, arxiv.org/abs/1409.4842, part 5)
 
 
@@ -53,7 +54,7 @@ class CifarQuick(nn.Module):
     Takes float images `(N, 3, image_size, image_size)`, returns float logits `(N, classes)`.
     """
 
-    def __init__(self, classes: int = 10, image_size: int = 32, batch_norm: bool = True, activation: str = "relu"):
+    def __init__(self, classes: int = 10, image_size: int = 32, batch_norm: bool = True, activation: str = "silu"):
         super().__init__()
         if image_size < 8:
             raise NetworkError(f"cifar_quick halves a picture three times: --image-size {image_size} is below 8")
@@ -85,7 +86,45 @@ def named(**layers: nn.Module | None) -> nn.Sequential:
     return nn.Sequential(OrderedDict((name, layer) for name, layer in layers.items() if layer is not None))
 
 
-NETWORKS = {"cifar_quick": CifarQuick}
+class Fast(nn.Module):
+    """The most accuracy a second: a 2x2 convolution for whitening, then three groups of two 3x3 convolutions.
+
+    The layout of airbench94 (Jordan 2024, arxiv.org/abs/2404.00498) at half its width. Takes float images
+    `(N, 3, image_size, image_size)`, returns float logits `(N, classes)`.
+    """
+
+    def __init__(self, classes: int = 10, image_size: int = 32, activation: str = "relu", width: float = 1.0):
+        super().__init__()
+        if image_size < 9:
+            raise NetworkError(f"fast halves a picture three times: --image-size {image_size} is below 9")
+
+        def group(channels_in: int, channels_out: int) -> nn.Sequential:
+            return named(
+                conv1=nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+                pool=nn.MaxPool2d(2),
+                norm1=nn.BatchNorm2d(channels_out, momentum=0.4),
+                activation1=ACTIVATIONS[activation](),
+                conv2=nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+                norm2=nn.BatchNorm2d(channels_out, momentum=0.4),
+                activation2=ACTIVATIONS[activation](),
+            )
+
+        small, large = (max(1, round(width * channels)) for channels in (32, 128))
+        self.whiten = named(conv=nn.Conv2d(3, 24, 2), activation=nn.GELU())
+        self.group1 = group(24, small)
+        self.group2 = group(small, large)
+        self.group3 = group(large, large)
+        self.pool = nn.AdaptiveMaxPool2d(1)
+        self.flatten = nn.Flatten()
+        self.head = nn.Linear(large, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.group3(self.group2(self.group1(self.whiten(images))))
+        return self.head(self.flatten(self.pool(features)))
+
+
+NETWORKS = {"cifar_quick": CifarQuick, "fast": Fast}
+SETTINGS = {"batch_norm": True, "activation": "auto", "stem": "standard", "width": 1.0}  # of some networks; defaults
 
 
 class Appended(nn.Module):
@@ -115,24 +154,43 @@ def create(name: str, options: dict) -> nn.Module:
     return NETWORKS[name](**options) if name in NETWORKS else from_torchvision(name, **options)
 
 
-def network_options(
-    name: str,
-    classes: int,
-    image_size: int,
-    batch_norm: bool = True,
-    activation: str = "relu",
-    stem: str = "standard",
-    append: int = 0,
-) -> dict:
-    """The options for `create` out of all that a user can set; raises NetworkError for what this network has not."""
-    options = {"classes": classes, "image_size": image_size} | ({"append": append} if append else {})
-    if name not in NETWORKS:
-        if (activation, batch_norm) != ("relu", True):
-            raise NetworkError(f"{name} has its own normalisation and activation; add --activation relu --batch-norm")
-        return options | {"stem": stem}
-    if stem != "standard":
-        raise NetworkError(f"--stem {stem}: {name} takes small pictures as it is; add --stem standard")
-    return options | {"batch_norm": batch_norm, "activation": activation}
+def network_options(name: str, classes: int, image_size: int, append: int = 0, **settings: object) -> dict:
+    """The options for `create` out of all that a user can set (SETTINGS), e.g. `activation="gelu"`.
+
+    Raises NetworkError for a setting that this network has not.
+    """
+    if name in NETWORKS:
+        options = {key: of.default for key, of in inspect.signature(NETWORKS[name]).parameters.items()}
+    else:
+        options = {"classes": classes, "image_size": image_size, "stem": "standard"}
+    for key, value in settings.items():
+        if key in options and value != "auto":
+            options[key] = value
+        elif key not in options and value != SETTINGS[key]:
+            flag = f"--no-{key}" if value is False else f"--{key} {value}"
+            raise NetworkError(f"{flag.replace('_', '-')}: {name} is built in one way; leave it at {SETTINGS[key]}")
+    return options | {"classes": classes, "image_size": image_size} | ({"append": append} if append else {})
+
+
+@torch.no_grad()
+def whiten(network: nn.Module, images: Tensor) -> None:
+    """Start the first convolution as filters that whiten patches of float images `(N, 3, H, W)`.
+
+    The filters are the principal components of its patches, scaled to the same variance, each beside its negative, so
+    that pooling and activation lose neither end: a network learns from decorrelated inputs from the first step on (Page
+    2019, myrtle.ai/learn/how-to-train-your-resnet-8-bag-of-tricks; Jordan 2024, arxiv.org/abs/2404.00498, section 3.2).
+    Raises NetworkError for a network that does not begin with a convolution.
+    """
+    conv = next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
+    if conv is None or conv.in_channels != 3:
+        raise NetworkError("--whiten: this network does not begin with a convolution; add --no-whiten")
+    patches = F.unfold(images.float().cpu(), conv.kernel_size, stride=max(1, images.shape[3] // 32))
+    patches = patches.transpose(1, 2).flatten(0, 1)
+    variances, components = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
+    components *= components.gather(0, components.abs().argmax(0, keepdim=True)).sign()  # one of two that serve as well
+    filters = (components / (variances.clamp(min=0) + 5e-4).sqrt()).T.flip(0)[: len(conv.weight) // 2]
+    filters = torch.cat([filters, -filters]).view(-1, *conv.weight.shape[1:])
+    conv.weight[: len(filters)] = filters.to(conv.weight)
 
 
 def unknown(name: str) -> str | None:
@@ -264,13 +322,32 @@ def loss_function(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", l
 
 
 @torch.inference_mode()
-def outputs(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The network's answers to all batches, in eval mode: float32 logits `(N, classes)` and int64 labels `(N,)`."""
+def outputs(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], tta: str = "none") -> tuple[Tensor, Tensor]:
+    """The network's answers to all batches, in eval mode: float32 logits `(N, classes)` and int64 labels `(N,)`.
+
+    With `tta` they are the mean of what it answers to several views of each picture, see `look`.
+    """
     training = network.training
     network.eval()
-    pairs = [(network(images).float(), labels) for images, labels in batches]
+    pairs = [(look(network, images, tta), labels) for images, labels in batches]
     network.train(training)
     return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
+
+
+def look(network: nn.Module, images: Tensor, tta: str = "none") -> Tensor:
+    """Float32 logits `(N, classes)` of images `(N, 3, H, W)`, by test-time augmentation.
+
+    `none` looks once. `mirror` takes the mean of a picture and its mirror image. `shift` takes half of that, and half
+    of the same moved by a pixel up and left, or down and right, after airbench (Jordan 2024, arxiv.org/abs/2404.00498).
+    """
+    if tta == "none":
+        return network(images).float()
+    logits = (network(images).float() + network(images.flip(3)).float()) / 2
+    if tta == "shift":
+        padded, (height, width) = F.pad(images, (1,) * 4, "reflect"), images.shape[2:]
+        moved = padded[:, :, 2:, 2:], padded[:, :, :height, :width]
+        logits = logits / 2 + sum(look(network, views, "mirror") for views in moved) / 4
+    return logits
 
 
 def probabilities(logits: Tensor, kind: str = "cross_entropy") -> Tensor:
@@ -565,6 +642,7 @@ def bad_content(checkpoint: dict) -> str | None:
         or not 1 <= checkpoint["image_size"] <= checkpoint["resize"] <= 4096
         or checkpoint["interpolation"] not in INTERPOLATIONS
         or checkpoint["config"].get("loss", LOSSES[0]) not in LOSSES
+        or checkpoint["config"].get("tta", TTA[0]) not in TTA
     ):
         return "classes, sizes, mean, std or config hold impossible values"
     return None
@@ -755,8 +833,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=10, help="default: 10")
     parser.add_argument("--image-size", type=int, default=32, help="side of a picture in pixels (default: 32)")
     parser.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=True, help="of cifar_quick")
-    parser.add_argument("--activation", default="relu", choices=ACTIVATIONS, help="of cifar_quick (default: relu)")
+    parser.add_argument("--activation", default="auto", choices=["auto", *ACTIVATIONS], help="auto: the network's own")
     parser.add_argument("--stem", default="standard", choices=STEMS, help="of torchvision's networks")
+    parser.add_argument("--width", type=float, default=1.0, help="of fast: times as many channels (default: 1)")
     parser.add_argument("--log-dir", help="also write the graph for TensorBoard into this folder")
     parser.add_argument("--list", action="store_true", help="name all networks")
     parser.add_argument("--checkpoint", metavar="FILE", help="tell what a checkpoint holds")
@@ -792,7 +871,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if problem := unknown(args.model):
         raise NetworkError(problem)
-    options = network_options(args.model, args.classes, args.image_size, args.batch_norm, args.activation, args.stem)
+    options = network_options(
+        args.model, args.classes, args.image_size, **{name: getattr(args, name) for name in SETTINGS}
+    )
     check(args.model, options)
     network = create(args.model, options)
     print(table(network, args.image_size, head_keys(args.model, options)))

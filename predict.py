@@ -9,9 +9,11 @@ import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from device import DeviceError, memory_format, pick
 
 EXPLAINED = ".explained.png"  # how the names of the pictures that --show writes end
 BATCH = 250  # pictures in memory at a time
+MANY = 2000  # files, from which on it pays to start processes that read them
 
 
 def newest_checkpoint(log_dir: Path = Path("logs")) -> Path:
@@ -38,8 +41,9 @@ def classify(network: nn.Module, checkpoint: dict, images: Tensor) -> Tensor:
     """Class probabilities `(N, classes)` of uint8 images `(N, 3, image_size, image_size)`, on the images' device."""
     parts = images.split(datasets.evaluation_batch(checkpoint["image_size"]))
     batches = (datasets.normalize(part, checkpoint["mean"], checkpoint["std"]) for part in parts)
-    logits, _ = model.outputs(network, ((batch, torch.empty(0)) for batch in batches))
-    return model.probabilities(logits, checkpoint["config"].get("loss", "cross_entropy"))
+    config = checkpoint["config"]
+    logits, _ = model.outputs(network, ((batch, torch.empty(0)) for batch in batches), config.get("tta", "none"))
+    return model.probabilities(logits, config.get("loss", "cross_entropy"))
 
 
 def find(names: list[str]) -> Iterator[str | Path]:
@@ -54,72 +58,81 @@ def sizing(checkpoint: dict) -> datasets.Sizing:
     return datasets.Sizing(checkpoint["image_size"], checkpoint["resize"], checkpoint["interpolation"])
 
 
-def read(name: str | Path, sizing: datasets.Sizing) -> Tensor | None:
-    """A picture as uint8 `(side, side, 3)`; None, with the reason on standard error, for one that can't be read."""
-    try:
-        if name != "-" and Path(name).is_dir():
-            raise datasets.DataError("no pictures in this folder")
-        source = io.BytesIO(sys.stdin.buffer.read() if sys.stdin else b"") if name == "-" else name
-        return torch.from_numpy(datasets.read_picture(source, sizing)[0].copy())
-    except datasets.DataError as error:
-        print(f"predict.py: {name}: {error}", file=sys.stderr)
-        return None
+def decode(names: list[str | Path], sizing: datasets.Sizing) -> Iterator[tuple[list, datasets.Decoded]]:
+    """Names and what was read of them, some at a time and in order; by one process a core if there are many files."""
+    workers = datasets.cores() if len(names) >= MANY and "-" not in names else 0
+    # What workers hand over has to fit into 64 MB of shared memory (Docker's default).
+    batch = max(1, min(BATCH, 2**23 // (sizing.side**2 * max(1, workers))))
+    plan = [list(range(start, min(start + batch, len(names)))) for start in range(0, len(names), batch)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(name) for name in names]
+        if "-" in paths:
+            typed = Path(folder, "standard input")
+            typed.write_bytes(sys.stdin.buffer.read() if sys.stdin else b"")
+            paths = [str(typed) if path == "-" else path for path in paths]
+        files = datasets.Files(np.array([os.fsencode(path) for path in paths]), sizing, sizing.side)
+        for picks, decoded in zip(plan, datasets.decoder(files, plan, workers, torch.device("cpu")), strict=True):
+            yield [names[pick] for pick in picks], decoded
 
 
-def answers(names: Iterable[str | Path], network: nn.Module, checkpoint: dict, device: torch.device) -> Iterator:
-    """A picture's name, its class probabilities `(classes,)` and itself, uint8 `(side, side, 3)`, for each picture;
-    None and None if it can't be read."""
-    names = list(names)
-    for start in range(0, len(names), BATCH):
-        batch = names[start : start + BATCH]
-        pictures = [read(name, sizing(checkpoint)) for name in batch]
-        readable = [picture for picture in pictures if picture is not None]
-        shares = iter(())
-        if readable:
-            images = torch.stack(readable).permute(0, 3, 1, 2).to(device)
-            shares = iter(classify(network, checkpoint, images).cpu())
-        for name, picture in zip(batch, pictures, strict=True):
-            yield name, None if picture is None else next(shares), picture
+def answers(
+    names: Iterable[str | Path], network: nn.Module, checkpoint: dict, device: torch.device, top_k: int
+) -> Iterator[tuple[str | Path, list[tuple[str, float]] | None, np.ndarray]]:
+    """A picture's name, its `top_k` classes with their probabilities, and itself, uint8 `(side, side, 3)`.
+
+    One that can't be read is named with the reason on standard error; its classes are None.
+    """
+    classes = checkpoint["classes"]
+    for batch, decoded in decode(list(names), sizing(checkpoint)):
+        readable = decoded.extent > 0
+        tops, reasons = iter(()), iter(decoded.bad)
+        if readable.any():
+            shares = classify(network, checkpoint, decoded.images[readable].permute(0, 3, 1, 2).to(device))
+            best = shares.topk(top_k)
+            tops = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for name, good, picture in zip(batch, readable.tolist(), decoded.images.numpy(), strict=True):
+            if good:
+                yield name, [(classes[place], share) for share, place in zip(*next(tops), strict=True)], picture
+                continue
+            reason = "no pictures in this folder" if name != "-" and Path(name).is_dir() else next(reasons)[1]
+            print(f"predict.py: {name}: {reason}", file=sys.stderr)
+            yield name, None, picture
 
 
 def explain(
-    name: str | Path, shares: Tensor, picture: Tensor, network: nn.Module, checkpoint: dict, top_k: int
+    name: str | Path, top: list[tuple[str, float]], picture: np.ndarray, network: nn.Module, checkpoint: dict
 ) -> None:
     """Write `dog.explained.png` beside `dog.png`: the picture, what the answer hangs on, the top classes as bars."""
     path = Path("standard_input" if name == "-" else name)
     path = path.with_name(path.name.removesuffix(".png") + EXPLAINED)
-    image = picture.permute(2, 0, 1)[None].to(next(network.parameters()).device)
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None].to(next(network.parameters()).device)
     heat = views.saliency(network, datasets.normalize(image, checkpoint["mean"], checkpoint["std"]))
-    top, places = shares.topk(min(top_k, len(shares)))
-    names = [checkpoint["classes"][place] for place in places.tolist()]
     file = io.BytesIO()
-    Image.fromarray(views.explained(picture.numpy(), heat, names, top.tolist())).save(file, "PNG")
+    Image.fromarray(views.explained(picture, heat, *map(list, zip(*top, strict=True)))).save(file, "PNG")
     model.write(path, file.getvalue())
     print(f"explained: {path}", file=sys.stderr)
 
 
-def explaining(answered: Iterator, network: nn.Module, checkpoint: dict, top_k: int) -> Iterator:
+def explaining(answered: Iterator, network: nn.Module, checkpoint: dict) -> Iterator:
     """The same answers; each picture is explained as it passes."""
-    for name, shares, picture in answered:
-        if picture is not None:
-            explain(name, shares, picture, network, checkpoint, top_k)
-        yield name, shares, picture
+    for name, top, picture in answered:
+        if top is not None:
+            explain(name, top, picture, network, checkpoint)
+        yield name, top, picture
 
 
-def report(pairs: Iterator, classes: list[str], top_k: int, form: str) -> int:
+def report(answered: Iterator, top_k: int, form: str) -> int:
     """Print the `top_k` classes of each picture as text, JSON lines or CSV; returns the exit status."""
     failed = False
-    top_k = min(top_k, len(classes))
     table = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
         table.writerow(
             ["file"] + [f"{what}_{place + 1}" for place in range(top_k) for what in ("class", "probability")]
         )
-    for name, shares, _ in pairs:
-        if shares is None:
+    for name, top, _ in answered:
+        if top is None:
             failed = True
             continue
-        top = [(classes[place], share) for share, place in zip(*map(Tensor.tolist, shares.topk(top_k)), strict=True)]
         if form == "json":
             guesses = [{"class": guess, "probability": round(share, 6)} for guess, share in top]
             print(json.dumps({"file": str(name), "classes": guesses}, ensure_ascii=False))
@@ -140,7 +153,7 @@ def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, dev
         raise datasets.DataError(f"{data}: the checkpoint does not know class {strange[0]!r}; {', '.join(classes)}")
     renumber = torch.tensor([classes.index(name) for name in test_set.classes], device=device)
     test_set.labels = renumber[test_set.labels]
-    logits, labels = model.outputs(network, test_set.batches(test_set.evaluation_batch))
+    logits, labels = model.outputs(network, test_set.batches(test_set.evaluation_batch), config.get("tta", "none"))
     loss, accuracy = model.score(logits, labels, config.get("loss", "cross_entropy"))
     pairs = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
     confusion = pairs.view(len(classes), -1).tolist()
@@ -174,6 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     forms.add_argument("--json", dest="form", action="store_const", const="json", help="a JSON object a line")
     forms.add_argument("--csv", dest="form", action="store_const", const="csv", help="a table with a header")
     parser.add_argument("--show", action="store_true", help="write NAME.explained.png: what the answer hangs on")
+    parser.add_argument("--tta", choices=model.TTA, help="mirror: look at mirror images too; default: as the run did")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     parser.error = lambda message: parser.exit(2, f"predict.py: {message}\n")
     args, unknown = parser.parse_known_args(argv)
@@ -198,6 +212,8 @@ def main(argv: list[str] | None = None) -> int:
     path = args.checkpoint or newest_checkpoint()
     network, checkpoint = model.load(path, device)
     network = network.to(memory_format=memory_format(device))
+    if args.tta is not None:
+        checkpoint["config"]["tta"] = args.tta
     if not args.checkpoint:
         print(f"checkpoint: {path}", file=sys.stderr)
     if args.evaluate:
@@ -207,10 +223,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             show(result, checkpoint["classes"])
         return 0
-    answered = answers(find(args.pictures), network, checkpoint, device)
+    top_k = min(args.top_k, len(checkpoint["classes"]))
+    answered = answers(find(args.pictures), network, checkpoint, device, top_k)
     if args.show:
-        answered = explaining(answered, network, checkpoint, args.top_k)
-    return report(answered, checkpoint["classes"], args.top_k, args.form)
+        answered = explaining(answered, network, checkpoint)
+    return report(answered, top_k, args.form)
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ import datasets
 import model
 import views
 from device import DeviceError, autocast, memory_format, memory_used, pick, pick_precision, seed, tune
-from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, suggestion
+from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, TTA, suggestion
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
@@ -99,7 +99,11 @@ class Config:
 
     model: str = setting("network", "cifar_quick", "the network: `python model.py --list`", check=model.unknown)
     batch_norm: bool = setting("network", True, "of cifar_quick: batch normalisation in every stage")
-    activation: str = setting("network", "relu", "of cifar_quick: the activation", choices=tuple(ACTIVATIONS))
+    activation: str = setting(
+        "network", "auto", "of our own networks; auto: what each does best with", choices=("auto", *ACTIVATIONS)
+    )
+    width: float = setting("network", 1.0, "of fast: times as many channels", above=0, at_most=64)
+    whiten: bool = setting("network", False, "the first convolution starts as whitening filters of training pictures")
     stem: str = setting("network", "standard", "small: ResNets and the like keep small pictures' size", choices=STEMS)
     weights: str = setting("network", "none", "start from: none, imagenet, or a checkpoint")
     head: str = setting(
@@ -112,7 +116,9 @@ class Config:
 
     epochs: int = setting("recipe", 10, "passes over the training pictures", at_least=1)
     batch_size: int = setting("recipe", 64, "pictures a step", at_least=1)
+    optimizer: str = setting("recipe", "sgd", "muon: SGD, but convolutions by --muon-lr", choices=("sgd", "muon"))
     lr: float = setting("recipe", 0.01, "learning rate, at its highest", above=0)
+    muon_lr: float = setting("recipe", 0.05, "the same for Muon's orthogonal steps", above=0)
     backbone_lr: float = setting("recipe", 0.0, "the same for all but the head; 0: like lr", at_least=0)
     schedule: str = setting("recipe", "constant", "of the learning rate", choices=("constant", "onecycle", "cosine"))
     momentum: float = setting("recipe", 0.0, "of SGD", at_least=0, below=1)
@@ -120,6 +126,9 @@ class Config:
     weight_decay: float = setting("recipe", 0.0, "of weight matrices; biases and normalisation have none", at_least=0)
     loss: str = setting("recipe", "cross_entropy", "mse and l1 are against one-hot labels", choices=LOSSES)
     label_smoothing: float = setting("recipe", 0.0, "share of a label given to all classes", at_least=0, below=1)
+    tta: str = setting(
+        "recipe", "none", "test-time augmentation: look at mirror images, or also at shifted ones", choices=TTA
+    )
 
     device: str = setting("machine", "auto", "auto, cpu, cuda, cuda:1 or mps")
     precision: str = setting("machine", "auto", "of the forward pass", choices=("auto", "fp32", "bf16", "fp16"))
@@ -267,7 +276,9 @@ def resolve(config: Config) -> tuple[Config, dict | None]:
     mean, std = (config.mean, config.std) if config.mean else (tuple(had["mean"]), tuple(had["std"]))
     config = replace(config, image_size=size, resize=resize, interpolation=interpolation, mean=mean, std=std)
     for name, value in trained["model"]["options"].items() if trained else ():
-        if getattr(config, name, value) != value and name not in ("image_size", "classes"):
+        if getattr(config, name, value) == "auto":
+            config = replace(config, **{name: value})
+        elif getattr(config, name, value) != value and name not in ("image_size", "classes"):
             flag = "--no-batch-norm" if value is False else "--batch-norm" if value is True else f"--{name} {value}"
             raise ConfigError(f"--weights {config.weights}: that network was trained otherwise; add {flag}")
     return config, trained
@@ -281,6 +292,44 @@ def as_toml(config: Config) -> str:
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.SGD):
+    """SGD that makes the step of every weight in groups with `orthogonal=True` an orthogonal matrix.
+
+    After Jordan et al. 2024 (kellerjordan.github.io/posts/muon): a convolution's step, seen as `(outputs, all else)`,
+    keeps its directions, but all of them get the same length. torch.optim.Muon takes matrices alone.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            for weight in group["params"] if group["orthogonal"] else ():
+                if weight.grad is None:
+                    continue
+                buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                buffer.mul_(group["momentum"]).add_(weight.grad)
+                step = orthogonal(weight.grad.add(buffer, alpha=group["momentum"]).flatten(1)).view_as(weight)
+                long = max(1, len(weight) / weight[0].numel()) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"] * long)
+
+
+def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
+    """About the nearest (semi-)orthogonal matrix: its singular values are brought near to 1 by Newton-Schulz steps.
+
+    They end between 0.7 and 1.2, which serves as well as 1; the polynomial is that of the page named in Muon.
+    """
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    wide = wide.to(torch.bfloat16 if wide.is_cuda else torch.float32)
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(steps):
+        square = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+    return (wide if len(matrix) <= matrix.shape[1] else wide.T).to(matrix.dtype)
 
 
 @dataclass
@@ -349,20 +398,26 @@ def make_trainer(
     trains: nn.Module | None = None,
 ) -> Trainer:
     """The optimizer and its schedule for a run of `steps` steps; `head` names the weights that `backbone_lr` leaves."""
-    parts = {}  # by (of the head, a matrix)
+    parts = {}  # by (of the head, a matrix, Muon's)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            parts.setdefault((name in head, parameter.ndim > 1), []).append(parameter)
+            of_head, is_matrix = name in head, parameter.ndim > 1
+            orthogonal = config.optimizer == "muon" and is_matrix and not of_head and name.endswith("weight")
+            parts.setdefault((of_head, is_matrix, orthogonal), []).append(parameter)
     groups = [
         {
             "params": parameters,
-            "lr": config.lr if of_head else config.backbone_lr or config.lr,
+            "lr": config.muon_lr if orthogonal else config.lr if of_head else config.backbone_lr or config.lr,
             "weight_decay": config.weight_decay if is_matrix else 0.0,
+            "orthogonal": orthogonal,
         }
-        for (of_head, is_matrix), parameters in sorted(parts.items(), key=lambda part: part[0], reverse=True)
+        for (of_head, is_matrix, orthogonal), parameters in sorted(
+            parts.items(), key=lambda part: part[0], reverse=True
+        )
     ]
+    kind = Muon if config.optimizer == "muon" else torch.optim.SGD
     fused = device.type in ("cpu", "cuda")  # one pass over all weights
-    optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov, fused=fused)
+    optimizer = kind(groups, config.lr, config.momentum, nesterov=config.nesterov, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, steps, step))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     trains = trains or network
@@ -387,8 +442,8 @@ def network_options(config: Config, classes: int, trained: dict | None = None) -
         raise ConfigError(f"--head append: {config.weights} has an appended layer already; add --head replace")
     if config.head == "append":
         append = len(trained["classes"]) if trained else 1000
-    settings = (config.batch_norm, config.activation, config.stem)
-    return model.network_options(config.model, classes, config.image_size, *settings, append)
+    settings = {name: getattr(config, name) for name in model.SETTINGS}
+    return model.network_options(config.model, classes, config.image_size, append, **settings)
 
 
 def build(config: Config, options: dict, classes: list[str], trained: dict | None) -> tuple[nn.Module, list[str]]:
@@ -450,7 +505,11 @@ def what_trains(
     if config.freeze != "all":
         return network, sets
     head_only = model.HeadOnly(network, head, config.image_size)
-    if not augmentation(config) and (features := as_features(sets, head_only, config, precision)):
+    if (
+        not augmentation(config)
+        and config.tta == "none"
+        and (features := as_features(sets, head_only, config, precision))
+    ):
         return head_only.tail, features
     return head_only, sets
 
@@ -500,7 +559,7 @@ def evaluate(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> t
     """Exact mean loss (without label smoothing) and accuracy over all pictures, in eval mode; and what they are of:
     class probabilities `(N, classes)` and labels `(N,)`. Raises TrainingError when the loss is not finite."""
     with autocast(trainer.device, trainer.precision):
-        logits, labels = model.outputs(trainer.trains, pictures.batches(pictures.evaluation_batch))
+        logits, labels = model.outputs(trainer.trains, pictures.batches(pictures.evaluation_batch), config.tta)
     loss, accuracy = model.score(logits, labels, config.loss)
     if not math.isfinite(loss):
         raise TrainingError(f"the {pictures.split} loss is {loss}; try a lower --lr")
@@ -715,6 +774,8 @@ def main(argv: list[str] | None = None) -> None:
     seed(config.seed)
     options = network_options(config, len(classes), trained)
     network, head = build(config, options, classes, trained)
+    if config.whiten and not trained:
+        model.whiten(network, look(train_set, torch.arange(min(500, len(train_set))))[0])
     network, trained = network.to(device, memory_format=memory_format(device)), None  # its memory is free again
     steps = config.epochs * train_set.steps(config.batch_size)
     say_what(config, (train_set, *eval_sets), network, device)

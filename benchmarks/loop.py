@@ -1,13 +1,17 @@
-"""What the training loop adds to the bare step: an epoch of train.py against forward, backward and SGD on one batch.
+"""What train.py adds to the bare work: to the training step, to evaluation, and to the start.
 
-`python benchmarks/loop.py` runs both in turn, in one process, and prints the ratio of their medians. `--quick` ends in
-less than a minute.
+`python benchmarks/loop.py` runs both sides in turn, in one process, and prints medians and the ratio of the rates. Bare
+are forward, backward and SGD (or forward alone) on one fixed batch, in the fastest layout. The start is the time from
+`python train.py` to the first step, less `import torch` and reading the data. Flags of train.py choose the network and
+recipe; `--quick` ends in less than a minute.
 """
 
 import argparse
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,6 +23,29 @@ import model
 import train
 from device import autocast, memory_format, pick, pick_precision, tune
 
+ROOT = Path(__file__).parent.parent
+START = """
+import sys, tempfile, time
+began = time.perf_counter()
+import torch
+less = time.perf_counter() - began
+import train
+load_data, first_step = train.load_data, train.Trainer.step
+def timed(*inputs):
+    global less
+    start = time.perf_counter()
+    sets = load_data(*inputs)
+    less += time.perf_counter() - start
+    return sets
+def step(*inputs):
+    first_step(*inputs)
+    print(time.perf_counter() - began - less)
+    raise SystemExit
+train.load_data, train.Trainer.step = timed, step
+with tempfile.TemporaryDirectory() as logs:
+    train.main([*sys.argv[1:], "--log-dir", logs])
+"""
+
 
 class NoWriter:
     """Stands in for TensorBoard's writer, whose cost is counted in steps of a hundred and is next to nothing."""
@@ -27,18 +54,34 @@ class NoWriter:
         pass
 
 
+def compare(name: str, sides: dict[str, Callable[[], int]], rounds: int, device: torch.device) -> None:
+    """Run both in turn, after a round that warms up; each returns how many pictures it worked on."""
+    rates = {side: [] for side in sides}
+    for number in range(rounds + 1):
+        for side, work in sides.items():
+            start = time.perf_counter()
+            pictures = work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                rates[side].append(pictures / (time.perf_counter() - start))
+    ours, bare = (statistics.median(found) for found in rates.values())
+    ratio = statistics.median(pair[0] / pair[1] for pair in zip(*rates.values(), strict=True))
+    print(f"{name:10} train.py {ours:9,.0f} images/s   bare {bare:9,.0f} images/s   ratio {ratio:.3f}", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="of both sides, in turn (default: 15)")
     parser.add_argument("--quick", action="store_true", help="3 rounds")
     args, flags = parser.parse_known_args()
+    rounds = 3 if args.quick else args.rounds
 
     config, _ = train.resolve(train.parse([*flags, "--data", "shapes"]))
     device = pick(config.device)
     precision = pick_precision(config.precision, device)
     tune(device)
-    [train_set] = datasets.load("shapes", device=device, splits=["train"])
-    steps = train_set.steps(config.batch_size)
+    train_set, test_set = datasets.load("shapes", device=device)
 
     def new_trainer() -> train.Trainer:
         network = model.create(config.model, train.network_options(config, len(train_set.classes)))
@@ -48,30 +91,45 @@ def main() -> None:
     ours, bare = new_trainer(), new_trainer()
     images, labels = next(train_set.batches(config.batch_size))
 
-    def bare_step() -> None:
-        with autocast(device, precision):
-            logits = bare.forward(images)
-            loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-        loss.backward()
-        bare.optimizer.step()
-        bare.optimizer.zero_grad(set_to_none=True)
+    def bare_steps() -> int:
+        bare.network.train()
+        for _ in range(train_set.steps(config.batch_size)):
+            with autocast(device, precision):
+                logits = bare.forward(images)
+                loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            loss.backward()
+            bare.optimizer.step()
+            bare.optimizer.zero_grad(set_to_none=True)
+        return len(train_set)
 
-    times = {"train.py's epoch": [], "bare steps": []}
-    for number in range(3 if args.quick else args.rounds):
-        start = time.perf_counter()
-        train.train_epoch(ours, train_set, config, number + 1, NoWriter())
-        middle = time.perf_counter()
-        for _ in range(steps):
-            bare_step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number:  # the first round warms up
-            times["train.py's epoch"].append(middle - start)
-            times["bare steps"].append(time.perf_counter() - middle)
-    for name, seconds in times.items():
-        print(f"{name:18} {1000 * statistics.median(seconds) / steps:7.2f} ms a step of {config.batch_size} pictures")
-    loop, step = map(statistics.median, times.values())
-    print(f"{'ratio':18} {loop / step:7.3f}")
+    def epoch() -> int:
+        train.train_epoch(ours, train_set, config, 1, NoWriter())
+        return len(train_set)
+
+    compare("training", {"ours": epoch, "bare": bare_steps}, rounds, device)
+
+    fixed, _ = next(test_set.batches(test_set.evaluation_batch))
+    looks = {"none": 1, "mirror": 2, "shift": 6}[config.tta]
+
+    @torch.inference_mode()
+    def bare_forward() -> int:
+        bare.network.eval()
+        with autocast(device, precision):
+            for _ in range(looks * len(test_set) // len(fixed)):
+                bare.network(fixed)
+        return len(test_set)
+
+    def evaluation() -> int:
+        train.evaluate(ours, test_set, config)
+        return len(test_set)
+
+    compare("evaluation", {"ours": evaluation, "bare": bare_forward}, 3 * rounds, device)
+
+    found = []
+    for _ in range(2 if args.quick else 5):
+        command = [sys.executable, "-c", START, *flags, "--data", "shapes"]
+        found.append(float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout))
+    print(f"start      {statistics.median(found):.2f} s to the first step, beyond import torch and reading the data")
 
 
 if __name__ == "__main__":

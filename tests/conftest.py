@@ -43,7 +43,8 @@ def colour_folder(tmp_path_factory) -> Path:
 def run(tmp_path_factory) -> Path:
     """The run folder of three epochs on 1,000 shapes."""
     logs = tmp_path_factory.mktemp("logs")
-    status = train.cli(f"--data shapes --limit 1000 --epochs 3 --log-dir {logs} --run-name shapes --device cpu".split())
+    flags = f"--data shapes --limit 1000 --epochs 3 --log-dir {logs} --run-name shapes --device cpu --precision fp32"
+    status = train.cli(flags.split())
     assert status == 0
     return logs / "shapes"
 
@@ -52,7 +53,7 @@ def run(tmp_path_factory) -> Path:
 def colour_run(tmp_path_factory, colour_folder) -> Path:
     """The run folder of a network that tells the colours of `colour_folder` apart."""
     logs = tmp_path_factory.mktemp("logs")
-    flags = f"--epochs 15 --batch-size 20 --log-dir {logs} --run-name colours --device cpu"
+    flags = f"--epochs 15 --batch-size 20 --log-dir {logs} --run-name colours --device cpu --no-whiten"
     assert train.cli(["--data", str(colour_folder), *flags.split()]) == 0
     return logs / "colours"
 

@@ -81,6 +81,34 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert numbers(pictures.batches(7)) == list(range(50))
 
 
+def test_mirrored_pictures_take_turns():
+    pictures = datasets.shapes("train", 300)
+    mirrored = []
+    for epoch in range(4):
+        images, _ = next(pictures.batches(300, augment=Augment(flip=True), epoch=epoch))
+        plain, _ = next(pictures.batches(300))
+        mirrored.append((images == plain.flip(3)).flatten(1).all(1))
+        assert torch.equal(images[~mirrored[-1]], plain[~mirrored[-1]])
+    assert 100 < mirrored[0].sum() < 200
+    assert torch.equal(mirrored[0], mirrored[2]) and torch.equal(mirrored[0] ^ mirrored[1], torch.ones(300).bool())
+    images, _ = next(
+        pictures.batches(300, shuffle=True, augment=Augment(flip=True), epoch=1)
+    )  # by picture, not by place
+    order, _ = pictures.order(True, 0, 1)
+    assert torch.equal((images == plain[order].flip(3)).flatten(1).all(1), mirrored[1][order])
+
+
+def test_batches_are_the_same_however_many_are_made_ready_at_once(monkeypatch):
+    pictures, augment = datasets.shapes("train", 205), Augment(flip=True, crop=2, cutout=8, jitter=0.3)
+    found = []
+    for ahead in (1, 100, 1000):
+        monkeypatch.setattr(datasets.Pictures, "ahead", ahead)
+        found.append(list(pictures.batches(20, shuffle=True, augment=augment)))
+    for batches in found[1:]:
+        for (images, labels), (same, others) in zip(found[0], batches, strict=True):
+            assert torch.equal(images, same) and torch.equal(labels, others)
+
+
 def test_augmentation_repeats_for_the_same_epoch():
     pictures = datasets.shapes("train", 40)
     augment = Augment(flip=True, crop=2, cutout=8)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, same_weights
@@ -44,6 +45,43 @@ def checkpoint(network) -> dict:
 # ---- the network ----
 
 
+def test_settings_that_a_network_does_not_have_are_refused_and_others_left_to_it():
+    assert model.network_options("cifar_quick", 5, 16, activation="auto", batch_norm=False) == {
+        **{"classes": 5, "image_size": 16, "batch_norm": False, "activation": "silu"}
+    }
+    assert model.network_options("resnet18", 5, 16, 7, stem="small", batch_norm=True, width=1.0) == {
+        **{"classes": 5, "image_size": 16, "stem": "small", "append": 7}
+    }
+    with pytest.raises(model.NetworkError, match=r"^--no-batch-norm: resnet18 is built in one way; leave it at True"):
+        model.network_options("resnet18", 5, 16, batch_norm=False)
+
+
+def test_whitening_filters_make_the_first_layers_outputs_uncorrelated():
+    pictures = datasets.shapes("train", 300)
+    images, _ = next(pictures.batches(300))
+    network = model.CifarQuick()
+    model.whiten(network, images)
+    outputs = torch.nn.functional.conv2d(images, network.stage1.conv.weight).transpose(0, 1).flatten(1)
+    assert torch.allclose(outputs[:16], -outputs[16:], atol=1e-4)
+    products = outputs[:16] @ outputs[:16].T / outputs.shape[1]
+    assert torch.allclose(products, torch.eye(16), atol=0.05)
+    with pytest.raises(model.NetworkError, match="--whiten: this network does not begin with a convolution"):
+        model.whiten(nn.Linear(3, 3), images)
+
+
+def test_test_time_augmentation_is_the_mean_of_its_views(network):
+    images, labels = torch.rand(5, 3, 32, 32), torch.arange(5)
+    network.eval()
+    with torch.no_grad():
+        both = lambda images: (network(images) + network(images.flip(3))) / 2  # noqa: E731
+        moved = torch.from_numpy(np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), "reflect"))
+        shifted = (both(moved[:, :, :32, :32]) + both(moved[:, :, 2:, 2:])) / 2
+        wanted = {"none": network(images), "mirror": both(images), "shift": both(images) / 2 + shifted / 2}
+    for tta in model.TTA:
+        logits, _ = model.outputs(network, [(images, labels)], tta)
+        assert torch.allclose(logits, wanted[tta], atol=1e-6)
+
+
 def test_the_plain_network_is_the_tutorials():
     plain = model.create("cifar_quick", {"batch_norm": False, "activation": "none"})
     assert [type(layer) for layer in plain.modules() if not list(layer.children())] == [
@@ -56,7 +94,7 @@ def test_the_plain_network_is_the_tutorials():
 
 def test_normalisation_and_activation_are_there_by_default(network):
     layers = [type(layer) for layer in network.modules()]
-    assert layers.count(nn.BatchNorm2d) == 3 and layers.count(nn.BatchNorm1d) == 1 and layers.count(nn.ReLU) == 4
+    assert layers.count(nn.BatchNorm2d) == 3 and layers.count(nn.BatchNorm1d) == 1 and layers.count(nn.SiLU) == 4
     assert all(layer.bias is None for layer in network.modules() if isinstance(layer, nn.Conv2d))
 
 
@@ -125,8 +163,8 @@ def test_the_script_writes_the_graph(tmp_path, capsys):
         ("--model resnet_18", "did you mean resnet18?"),
         ("--model alexnet", "cannot train on pictures of 32 x 32 pixels"),
         ("--model vgg11 --stem small", "vgg11 does not begin with a stride-2 convolution"),
-        ("--stem small", "--stem small: cifar_quick takes small pictures as it is"),
-        ("--model resnet18 --activation gelu", "resnet18 has its own normalisation and activation"),
+        ("--stem small", "--stem small: cifar_quick is built in one way; leave it at standard"),
+        ("--model resnet18 --activation gelu", "--activation gelu: resnet18 is built in one way; leave it at auto"),
         ("--model maxvit_t --image-size 224 --stem small", "--stem small: maxvit_t is built for"),
         ("--export nowhere/a.pt2 --checkpoint a.pt", "there is no folder nowhere"),
         ("--modell x", "unrecognized arguments: --modell x"),

@@ -57,8 +57,10 @@ def test_folders_are_searched_and_the_order_is_kept(ask, pictures):
     ]
 
 
-def test_many_pictures_in_several_batches_get_their_own_answers(ask, tmp_path, monkeypatch):
+@pytest.mark.parametrize("many", [1000, 5])  # the second starts processes
+def test_many_pictures_in_several_batches_get_their_own_answers(ask, tmp_path, monkeypatch, many):
     monkeypatch.setattr(predict, "BATCH", 4)
+    monkeypatch.setattr(predict, "MANY", many)
     names = [list(COLOURS)[k % 3] for k in range(11)]
     for number, name in enumerate(names):
         noisy(COLOURS[name], 200 + number).save(tmp_path / f"{number:02}.png")
@@ -96,7 +98,7 @@ def test_pictures_are_prepared_as_in_training(ask, colour_run, colour_folder):
     path = colour_folder / "test" / "green" / "03.png"
     network, checkpoint = model.load(colour_run / "best.pt")
     test_set = datasets.load(str(colour_folder), mean=checkpoint["mean"], std=checkpoint["std"])[1]
-    logits, _ = model.outputs(network, test_set.batches(100))
+    logits, _ = model.outputs(network, test_set.batches(100), checkpoint["config"]["tta"])
     expected = logits.softmax(1)
     _, lines, _ = ask("--json", "--top-k", 3, path)
     answer = {guess["class"]: guess["probability"] for guess in json.loads(lines[0])["classes"]}

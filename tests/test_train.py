@@ -3,6 +3,7 @@ import json
 import math
 import re
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_test_figures_are_exact_means_in_eval_mode(run):
     [test_set] = datasets.load("shapes", limit=1000, mean=checkpoint["mean"], std=checkpoint["std"], splits=["test"])
     images, labels = next(test_set.batches(1000))
     with torch.no_grad():
-        logits = network(images)
+        logits = model.look(network, images, checkpoint["config"]["tta"])
     assert checkpoint["metrics"]["test_accuracy"] == (logits.argmax(1) == labels).sum().item() / 1000
     expected = torch.nn.functional.cross_entropy(logits, labels).item()
     assert checkpoint["metrics"]["test_loss"] == pytest.approx(expected, abs=1e-5)
@@ -207,6 +208,53 @@ def test_a_step_is_nesterov_sgd_with_decay_of_weights_alone():
     for name, value in network.named_parameters():
         gradient = gradients[name] + (0.01 * before[name] if value.ndim > 1 else 0)
         assert torch.allclose(value, before[name] - 0.1 * 1.9 * gradient, atol=1e-5), name
+
+
+@pytest.mark.parametrize("shape", [(32, 3, 5, 5), (64, 32), (8, 200), (200, 8)])
+def test_orthogonal_matrices_have_singular_values_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).flatten(1)
+    found = train.orthogonal(1e-4 * matrix, steps=5)
+    assert found.shape == matrix.shape and found.dtype == matrix.dtype
+    singular = torch.linalg.svdvals(found)
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    nearest, _, other = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(found.flatten(), (nearest @ other).flatten(), 0) > 0.97
+
+
+def test_muon_makes_hidden_weights_steps_orthogonal_and_the_rest_as_sgd():
+    config = train.Config(lr=0.1, muon_lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.01)
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
+    found = {}
+    for name in ("sgd", "muon"):
+        torch.manual_seed(0)
+        network = model.CifarQuick(classes=2, image_size=8)
+        head = model.head_keys("cifar_quick", {"image_size": 8})
+        config = replace(config, optimizer=name)
+        trainer = train.make_trainer(network, config, 10, torch.device("cpu"), torch.float32, head)
+        before = {key: value.detach().clone() for key, value in network.named_parameters()}
+        trainer.step(images, labels, config)
+        found[name] = {key: value.detach() - before[key] for key, value in network.named_parameters()}
+        assert trainer.schedule.get_last_lr()[0] < 0.1 or config.schedule == "constant"
+    for key, step in found["muon"].items():
+        if step.ndim == 1 or key in head:
+            assert torch.equal(step, found["sgd"][key]), key
+        else:
+            shrunk = step + 0.02 * 0.01 * before[key]
+            singular = torch.linalg.svdvals(shrunk.flatten(1)) / 0.02 / max(1, len(step) / step[0].numel()) ** 0.5
+            assert 0.8 < singular.max() < 1.3 and not torch.allclose(step, found["sgd"][key], atol=1e-4), key
+
+
+def test_every_recipe_option_changes_the_result_and_is_remembered(tmp_path, colour_folder):
+    flags = ["--data", str(colour_folder), *"--epochs 2 --batch-size 20 --device cpu --no-views".split()]
+    options = {"plain": "--no-whiten --tta none", "white": "--whiten --tta none", "tta": "--no-whiten --tta shift"}
+    options["muon"] = "--no-whiten --tta none --optimizer muon"
+    for name, more in options.items():
+        assert train.cli([*flags, "--log-dir", str(tmp_path), "--run-name", name, *more.split()]) == 0
+    for name in ("white", "muon"):
+        assert not same_weights(tmp_path / "plain" / "epoch_002.pt", tmp_path / name / "epoch_002.pt")
+    assert same_weights(tmp_path / "plain" / "epoch_002.pt", tmp_path / "tta" / "epoch_002.pt")
+    losses = [metrics(tmp_path / name)[0]["test_loss"] for name in ("plain", "tta")]
+    assert losses[0] != losses[1]
 
 
 def test_held_out_pictures_choose_the_epoch_and_the_test_comes_last(tmp_path, capsys):

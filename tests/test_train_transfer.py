@@ -129,7 +129,7 @@ def test_frozen_stages_keep_weights_and_statistics(run, tmp_path, freeze, stages
 
 def test_features_computed_once_train_the_same_head(run, tmp_path, capsys):
     flags = ["--weights", run / "best.pt", "--freeze", "all", "--head", "replace", "--epochs", 2]
-    flags += ["--no-flip", "--crop", 0]
+    flags += "--no-flip --crop 0 --tta none".split()
     once = train_from(tmp_path / "1", *flags)
     assert "features computed once" in capsys.readouterr().err
     anew = train_from(tmp_path / "2", *flags, "--memory-share", 0)
@@ -241,14 +241,14 @@ def test_the_vgg16_config_trains_the_head_of_vgg16(tmp_path, monkeypatch):
         (
             "--model resnet18 --activation gelu",
             2,
-            "resnet18 has its own normalisation and activation; add --activation relu",
+            "--activation gelu: resnet18 is built in one way; leave it at auto",
         ),
-        ("--stem small", 2, "--stem small: cifar_quick takes small pictures as it is"),
+        ("--stem small", 2, "--stem small: cifar_quick is built in one way; leave it at standard"),
         ("--model vgg11 --stem small", 2, "vgg11 does not begin with a stride-2 convolution; use --stem standard"),
         ("--weights imagenet", 2, "there are none for cifar_quick; take a network of torchvision"),
         ("--weights nowhere.pt", 1, "nowhere.pt: no such checkpoint"),
         ("--weights RUN --model resnet18", 2, "it holds cifar_quick, not resnet18; add --model cifar_quick"),
-        ("--weights RUN --activation gelu", 2, "that network was trained otherwise; add --activation relu"),
+        ("--weights RUN --activation gelu", 2, "that network was trained otherwise; add --activation silu"),
         ("--weights RUN --no-batch-norm", 2, "that network was trained otherwise; add --batch-norm"),
         ("--weights RUN --image-size 16", 1, "(trained on 32 x 32 pixels): its weights do not fit the network: wrong"),
         ("--weights RUN --resize 31", 2, "--resize 31 is below the image size, 32 pixels"),

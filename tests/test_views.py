@@ -19,7 +19,7 @@ def viewed(tmp_path_factory):
     """The run folder of a network that learned 1,000 shapes, with everything that can be shown."""
     logs = tmp_path_factory.mktemp("views")
     flags = f"--data shapes --limit 1000 --epochs 4 --view-every 2 --histograms --embedding --log-dir {logs}"
-    assert train.cli([*flags.split(), "--run-name", "a", "--device", "cpu"]) == 0
+    assert train.cli([*flags.split(), "--run-name", "a", *"--device cpu --precision fp32 --tta none".split()]) == 0
     return logs / "a"
 
 

@@ -1,0 +1,220 @@
+"""Accuracy over time: our configs against the airbench94 design at half width, in turn, on the same device.
+
+`python benchmarks/race.py --data data/cifar10` trains, for each seed, `configs/fast.toml`, a shorter run of it, and the
+other side, and prints seconds of training (evaluation left out, whitening included), accuracies and ratios. `--curves
+FILE` also writes accuracy over time as JSON, which benchmarks/picture.py draws. `--quick`: 5,000 pictures, one epoch.
+
+The other side is written anew from the public description of airbench94 (Jordan 2024, arxiv.org/abs/2404.00498): a
+frozen 2x2 whitening convolution, three groups of two 3x3 convolutions with max pooling, batch normalisation and GELU,
+here of 32, 128 and 128 channels; SGD with 64 times the rate for biases, label smoothing 0.2, alternating flip, crops of
+2 reflected pixels, lookahead, a triangular schedule, 8 epochs of batches of 1,024; six views of a picture at test time.
+It runs with what helps it here too: channels_last, device.tune(), and the same precision as ours.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import datasets
+import train
+from device import PRECISIONS, autocast, memory_format, pick, pick_precision, seed, tune
+
+FAST = str(Path(__file__).parent.parent / "configs" / "fast.toml")
+
+
+class Group(nn.Sequential):
+    def __init__(self, channels_in: int, channels_out: int):
+        def norm() -> nn.BatchNorm2d:
+            layer = nn.BatchNorm2d(channels_out, eps=1e-12, momentum=0.4)
+            layer.weight.requires_grad_(False)
+            return layer
+
+        def conv(channels_in: int) -> nn.Conv2d:
+            layer = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+            nn.init.dirac_(layer.weight.data[:channels_in])
+            return layer
+
+        super().__init__(
+            *(conv(channels_in), nn.MaxPool2d(2), norm(), nn.GELU()), *(conv(channels_out), norm(), nn.GELU())
+        )
+
+
+class Airbench(nn.Module):
+    def __init__(self, widths: tuple[int, ...]):
+        super().__init__()
+        self.whiten = nn.Conv2d(3, 24, 2)
+        self.whiten.weight.requires_grad_(False)
+        groups = [Group(*pair) for pair in zip((24, *widths[:-1]), widths, strict=True)]
+        self.layers = nn.Sequential(nn.GELU(), *groups, nn.MaxPool2d(3), nn.Flatten())
+        self.head = nn.Linear(widths[-1], 10, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.layers(self.whiten(images))) / 9
+
+
+def views(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits over six views: mirrored or not, moved by one pixel in two directions or not."""
+
+    def both(images: Tensor) -> Tensor:
+        return (network(images) + network(images.flip(3))).float() / 2
+
+    padded = F.pad(images, (1,) * 4, "reflect")
+    return both(images) / 2 + (both(padded[:, :, :32, :32]) + both(padded[:, :, 2:, 2:])) / 4
+
+
+class Race:
+    """One training of the airbench design."""
+
+    def __init__(self, sets: list[datasets.Pictures], device: torch.device, precision: torch.dtype):
+        self.device, self.precision = device, precision
+        self.images, self.test_images = (
+            datasets.normalize(pictures.images, sets[0].mean, sets[0].std) for pictures in sets
+        )
+        self.labels, self.test_labels = (pictures.labels for pictures in sets)
+
+    def run(self, number: int, epochs: int, widths: tuple[int, ...]) -> list[tuple[float, float]]:
+        """Train with this seed; (seconds of training so far, accuracy over six views) after each epoch."""
+        seed(number)
+        network = Airbench(widths).to(self.device, memory_format=memory_format(self.device))
+        batch_size, momentum, curve, seconds = min(1024, len(self.images)), 0.85, [], 0.0
+        scale = 1024 * (1 + 1 / (1 - momentum))
+        lr, decay = 11.5 / scale, 0.0153 * batch_size / scale
+        biases = [p for p in network.layers.parameters() if p.ndim == 1 and p.requires_grad]
+        others = [p for p in network.parameters() if p.requires_grad and not any(p is bias for bias in biases)]
+        groups = [{"params": biases, "lr": 64 * lr, "weight_decay": decay / (64 * lr)}]
+        groups += [{"params": others, "lr": lr, "weight_decay": decay / lr}]
+        optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=True, fused=self.device.type != "mps")
+        steps = epochs * (len(self.images) // batch_size)
+        climb = int(0.23 * steps)
+
+        def share(step: int) -> float:
+            if step < climb:
+                return 0.2 + 0.8 * step / climb
+            return 1 - 0.93 * (step - climb) / (steps - climb)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        slow = [value.clone() for value in network.state_dict().values()]
+        start, step = time.perf_counter(), 0
+        whiten(network.whiten, self.images[:5000])
+        mirrored = torch.rand(len(self.images), device=self.device) < 0.5
+        images = torch.where(mirrored.view(-1, 1, 1, 1), self.images.flip(3), self.images)
+        padded = F.pad(images, (2,) * 4, "reflect")
+        windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)
+        for epoch in range(epochs):
+            network.train()
+            network.whiten.bias.requires_grad_(epoch < 3)
+            for picks in torch.randperm(len(images), device=self.device).split(batch_size)[: steps // epochs]:
+                row, column = torch.randint(5, (2, len(picks)), device=self.device)
+                batch = windows[picks, :, row, column]
+                batch = batch.flip(3) if epoch % 2 else batch
+                batch = batch.to(memory_format=memory_format(self.device))
+                with autocast(self.device, self.precision):
+                    logits = network(batch).float()
+                F.cross_entropy(logits, self.labels[picks], label_smoothing=0.2, reduction="sum").backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                step += 1
+                if step % 5 == 0 or step == steps:
+                    keeps = 0.95**5 * (step / steps) ** 3 if step < steps else 1.0
+                    for mean, value in zip(slow, network.state_dict().values(), strict=True):
+                        if value.is_floating_point():
+                            mean.lerp_(value, 1 - keeps)
+                            value.copy_(mean)
+            self.wait()
+            seconds += time.perf_counter() - start
+            curve.append((seconds, self.accuracy(network)))
+            start = time.perf_counter()
+        return curve
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def accuracy(self, network: nn.Module) -> float:
+        network.eval()
+        with autocast(self.device, self.precision):
+            guesses = torch.cat([views(network, part).argmax(1) for part in self.test_images.split(500)])
+        return (guesses == self.test_labels).float().mean().item()
+
+
+@torch.no_grad()
+def whiten(conv: nn.Conv2d, images: Tensor, eps: float = 5e-4) -> None:
+    patches = F.unfold(images, conv.kernel_size).transpose(1, 2).flatten(0, 1)
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (components / (variances + eps).sqrt()).T.view(-1, *conv.weight.shape[1:])
+    conv.weight.copy_(torch.cat([filters, -filters]))
+
+
+def ours(flags: list[str]) -> list[tuple[float, float]]:
+    """Run train.py; (seconds of training so far, test accuracy) after each epoch."""
+    with tempfile.TemporaryDirectory() as logs:
+        status = train.cli([*flags, "--no-views", "--log-dir", logs, "--run-name", "race"])
+        if status:
+            sys.exit(status)
+        lines = [json.loads(line) for line in Path(logs, "race", "metrics.jsonl").read_text().splitlines()]
+    seconds, curve = 0.0, []
+    for line in lines:
+        seconds += line["epoch_seconds"]
+        curve.append((seconds, line["test_accuracy"]))
+    return curve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="cifar10", help="cifar10 or a folder with its pictures")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
+    parser.add_argument("--epochs", type=int, default=8, help="of the airbench design (default: 8)")
+    parser.add_argument("--widths", type=int, nargs=3, default=[32, 128, 128], help="of it (default: 32 128 128)")
+    parser.add_argument("--short", default="--epochs 5", help="flags of the shorter run of fast.toml")
+    parser.add_argument("--flags", default="", help="more flags for both of our runs, e.g. '--width 2'")
+    parser.add_argument("--curves", type=Path, help="write accuracy over time here, as JSON")
+    parser.add_argument("--quick", action="store_true", help="5,000 pictures, one epoch, one seed")
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.epochs, args.short = [0], 1, "--epochs 1"
+    limit = 5000 if args.quick else 0
+    device = pick(args.device)
+    tune(device)
+    sets = datasets.load(args.data, limit=limit, device=device)
+    race = Race(sets, device, pick_precision(args.precision, device))
+    common = ["--config", FAST, "--data", args.data, "--limit", str(limit), "--device", str(device)]
+    common += ["--precision", args.precision, *args.flags.split()]
+    sides = {
+        "airbench94 at half width": lambda number: race.run(number, args.epochs, tuple(args.widths)),
+        "fast.toml": lambda number: ours([*common, "--seed", str(number), *(["--epochs", "1"] if args.quick else [])]),
+        f"fast.toml {args.short}": lambda number: ours([*common, "--seed", str(number), *args.short.split()]),
+    }
+    curves = {name: [] for name in sides}
+    for number in args.seeds:
+        for name, side in sides.items():
+            curves[name].append(side(number))
+            print(
+                f"seed {number}  {name}: {curves[name][-1][-1][1]:.2%} in {curves[name][-1][-1][0]:.1f} s", flush=True
+            )
+    reference = statistics.mean(curve[-1][0] for curve in curves["airbench94 at half width"])
+    for name, found in curves.items():
+        accuracies, seconds = [curve[-1][1] for curve in found], statistics.mean(curve[-1][0] for curve in found)
+        spread = f"({min(accuracies):.2%} to {max(accuracies):.2%})"
+        print(
+            f"{name:26} {statistics.mean(accuracies):.2%} {spread}  {seconds:6.1f} s   ratio {seconds / reference:.2f}"
+        )
+    if args.curves:
+        args.curves.write_text(json.dumps(curves))
+
+
+if __name__ == "__main__":
+    main()

@@ -129,7 +129,7 @@ def test_frozen_stages_keep_weights_and_statistics(run, tmp_path, freeze, stages
 
 def test_features_computed_once_train_the_same_head(run, tmp_path, capsys):
     flags = ["--weights", run / "best.pt", "--freeze", "all", "--head", "replace", "--epochs", 2]
-    flags += "--no-flip --crop 0 --tta none".split()
+    flags += "--no-flip --crop 0 --tta none --precision fp32".split()
     once = train_from(tmp_path / "1", *flags)
     assert "features computed once" in capsys.readouterr().err
     anew = train_from(tmp_path / "2", *flags, "--memory-share", 0)

@@ -225,7 +225,9 @@ class Pictures:
         draws = torch.rand(DRAWS, len(self), generator=generator)
         draws[1] = self.turns(seed, epoch)[order]
         draws, fill = draws.to(device), torch.tensor(self.mean, device=device).mul(255).round().byte().view(1, 3, 1, 1)
-        parts, at_once = self.parts(batch_size), max(1, self.ahead // batch_size)
+        # Interpolation rounds differently in larger batches, by a hair; what comes out must not depend on `ahead`.
+        interpolates = augment is not None and (augment.jitter or augment.resized_crop)
+        parts, at_once = self.parts(batch_size), 1 if interpolates else max(1, self.ahead // batch_size)
         chunks = [parts[place : place + at_once] for place in range(0, len(parts), at_once)]
         wholes = [slice(chunk[0].start, chunk[-1].stop) for chunk in chunks]
         chosen = [order[whole] for whole in wholes]

@@ -87,40 +87,40 @@ def named(**layers: nn.Module | None) -> nn.Sequential:
 
 
 class Fast(nn.Module):
-    """The most accuracy a second: a 2x2 convolution for whitening, then three groups of two 3x3 convolutions.
+    """The most accuracy a second: a 5x5 convolution, made for whitening, then five 3x3 convolutions.
 
-    The layout of airbench94 (Jordan 2024, arxiv.org/abs/2404.00498) at half its width. Takes float images
-    `(N, 3, image_size, image_size)`, returns float logits `(N, classes)`.
+    After airbench94 (Jordan 2024, arxiv.org/abs/2404.00498) at half its width. Its first two layers, which work on
+    whole pictures and so take most of the time, are one here. Takes float images `(N, 3, image_size, image_size)`,
+    returns float logits `(N, classes)`.
     """
 
     def __init__(self, classes: int = 10, image_size: int = 32, activation: str = "relu", width: float = 1.0):
         super().__init__()
-        if image_size < 9:
-            raise NetworkError(f"fast halves a picture three times: --image-size {image_size} is below 9")
+        if image_size < 8:
+            raise NetworkError(f"fast halves a picture three times: --image-size {image_size} is below 8")
 
-        def group(channels_in: int, channels_out: int) -> nn.Sequential:
+        def layer(channels_in: int, channels_out: int, kernel: int = 3, pool: bool = False) -> nn.Sequential:
             return named(
-                conv1=nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
-                pool=nn.MaxPool2d(2),
-                norm1=nn.BatchNorm2d(channels_out, momentum=0.4),
-                activation1=ACTIVATIONS[activation](),
-                conv2=nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
-                norm2=nn.BatchNorm2d(channels_out, momentum=0.4),
-                activation2=ACTIVATIONS[activation](),
+                conv=nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False),
+                pool=nn.MaxPool2d(2) if pool else None,
+                norm=nn.BatchNorm2d(channels_out, momentum=0.4),  # few steps, so that means have to follow quickly
+                activation=ACTIVATIONS[activation](),
             )
 
         small, large = (max(1, round(width * channels)) for channels in (32, 128))
-        self.whiten = named(conv=nn.Conv2d(3, 24, 2), activation=nn.GELU())
-        self.group1 = group(24, small)
-        self.group2 = group(small, large)
-        self.group3 = group(large, large)
+        self.layer1 = layer(3, small, 5, pool=True)
+        self.layer2 = layer(small, small)
+        self.layer3 = layer(small, large, pool=True)
+        self.layer4 = layer(large, large)
+        self.layer5 = layer(large, large, pool=True)
+        self.layer6 = layer(large, large)
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.flatten = nn.Flatten()
         self.head = nn.Linear(large, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.group3(self.group2(self.group1(self.whiten(images))))
-        return self.head(self.flatten(self.pool(features)))
+        features = self.layer4(self.layer3(self.layer2(self.layer1(images))))
+        return self.head(self.flatten(self.pool(self.layer6(self.layer5(features)))))
 
 
 NETWORKS = {"cifar_quick": CifarQuick, "fast": Fast}

@@ -301,6 +301,10 @@ class Muon(torch.optim.SGD):
     keeps its directions, but all of them get the same length. torch.optim.Muon takes matrices alone.
     """
 
+    def __init__(self, groups: list[dict], *settings: float, precision: torch.dtype, **more: bool):
+        super().__init__(groups, *settings, **more)
+        self.precision = torch.bfloat16 if precision == torch.bfloat16 else torch.float32  # of the products
+
     @torch.no_grad()
     def step(self) -> None:
         groups = self.param_groups
@@ -313,7 +317,8 @@ class Muon(torch.optim.SGD):
                     continue
                 buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
                 buffer.mul_(group["momentum"]).add_(weight.grad)
-                step = orthogonal(weight.grad.add(buffer, alpha=group["momentum"]).flatten(1)).view_as(weight)
+                step = weight.grad.add(buffer, alpha=group["momentum"])
+                step = orthogonal(step.flatten(1).to(self.precision)).to(weight).view_as(weight)
                 long = max(1, len(weight) / weight[0].numel()) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"] * long)
 
@@ -324,12 +329,11 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
     They end between 0.7 and 1.2, which serves as well as 1; the polynomial is that of the page named in Muon.
     """
     wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-    wide = wide.to(torch.bfloat16 if wide.is_cuda else torch.float32)
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(steps):
         square = wide @ wide.T
         wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
-    return (wide if len(matrix) <= matrix.shape[1] else wide.T).to(matrix.dtype)
+    return wide if len(matrix) <= matrix.shape[1] else wide.T
 
 
 @dataclass
@@ -415,9 +419,11 @@ def make_trainer(
             parts.items(), key=lambda part: part[0], reverse=True
         )
     ]
-    kind = Muon if config.optimizer == "muon" else torch.optim.SGD
-    fused = device.type in ("cpu", "cuda")  # one pass over all weights
-    optimizer = kind(groups, config.lr, config.momentum, nesterov=config.nesterov, fused=fused)
+    settings = {"nesterov": config.nesterov, "fused": device.type in ("cpu", "cuda")}  # one pass over all weights
+    if config.optimizer == "muon":
+        optimizer = Muon(groups, config.lr, config.momentum, precision=precision, **settings)
+    else:
+        optimizer = torch.optim.SGD(groups, config.lr, config.momentum, **settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, steps, step))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     trains = trains or network

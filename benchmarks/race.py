@@ -1,8 +1,8 @@
-"""Accuracy over time: our configs against the airbench94 design at half width, in turn, on the same device.
+"""Accuracy over time: our configs, the airbench94 design at half width and the tutorial, in turn, on the same device.
 
-`python benchmarks/race.py --data data/cifar10` trains, for each seed, `configs/fast.toml`, a shorter run of it, and the
-other side, and prints seconds of training (evaluation left out, whitening included), accuracies and ratios. `--curves
-FILE` also writes accuracy over time as JSON, which benchmarks/picture.py draws. `--quick`: 5,000 pictures, one epoch.
+`python benchmarks/race.py --data data/cifar10` trains for each seed, and prints seconds of training (without
+evaluation), accuracies, and the ratio of times to the airbench design. `--only` picks sides, `--curves FILE` adds
+accuracy over time to a JSON file, which benchmarks/picture.py draws. `--quick`: 5,000 pictures, one epoch, one seed.
 
 The other side is written anew from the public description of airbench94 (Jordan 2024, arxiv.org/abs/2404.00498): a
 frozen 2x2 whitening convolution, three groups of two 3x3 convolutions with max pooling, batch normalisation and GELU,
@@ -24,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tutorial import Tutorial
 
 import datasets
 import train
 from device import PRECISIONS, autocast, memory_format, pick, pick_precision, seed, tune
 
 FAST = str(Path(__file__).parent.parent / "configs" / "fast.toml")
+SHORT = "--epochs 6"
+SIDES = ["tutorial", "airbench", "default", "fast", "fast-short"]
 
 
 class Group(nn.Sequential):
@@ -171,49 +174,69 @@ def ours(flags: list[str]) -> list[tuple[float, float]]:
     return curve
 
 
-def main() -> None:
+def tutorial(sets: list[datasets.Pictures], number: int, epochs: int) -> list[tuple[float, float]]:
+    """The plain tutorial loop; (seconds of training so far, test accuracy) after each epoch."""
+    torch.manual_seed(number)
+    plain, seconds, curve = Tutorial(sets[0]), 0.0, []
+    for _ in range(epochs):
+        start = time.perf_counter()
+        plain.epoch()
+        seconds += time.perf_counter() - start
+        curve.append((seconds, plain.accuracy(sets[1])))
+    return curve
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="cifar10 or a folder with its pictures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
+    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="of ours and of airbench's")
     parser.add_argument("--epochs", type=int, default=8, help="of the airbench design (default: 8)")
     parser.add_argument("--widths", type=int, nargs=3, default=[32, 128, 128], help="of it (default: 32 128 128)")
-    parser.add_argument("--short", default="--epochs 5", help="flags of the shorter run of fast.toml")
-    parser.add_argument("--flags", default="", help="more flags for both of our runs, e.g. '--width 2'")
+    parser.add_argument("--tutorial-epochs", type=int, default=20)
+    parser.add_argument("--short", default=SHORT, help=f"flags of the shorter run of fast.toml (default: {SHORT})")
+    parser.add_argument("--flags", default="", help="more flags for our runs of fast.toml, e.g. '--width 2'")
+    parser.add_argument("--only", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--curves", type=Path, help="write accuracy over time here, as JSON")
     parser.add_argument("--quick", action="store_true", help="5,000 pictures, one epoch, one seed")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.epochs, args.short = [0], 1, "--epochs 1"
+        args.seeds, args.epochs, args.short, args.tutorial_epochs = [0], 1, "--epochs 1", 1
+    return args
+
+
+def main() -> None:
+    args = parse()
     limit = 5000 if args.quick else 0
     device = pick(args.device)
     tune(device)
     sets = datasets.load(args.data, limit=limit, device=device)
+    common = ["--data", args.data, "--limit", str(limit), "--device", str(device), "--precision", args.precision]
+    common += ["--epochs", "1"] if args.quick else []
+    fast = ["--config", FAST, *common, *args.flags.split()]
     race = Race(sets, device, pick_precision(args.precision, device))
-    common = ["--config", FAST, "--data", args.data, "--limit", str(limit), "--device", str(device)]
-    common += ["--precision", args.precision, *args.flags.split()]
-    sides = {
-        "airbench94 at half width": lambda number: race.run(number, args.epochs, tuple(args.widths)),
-        "fast.toml": lambda number: ours([*common, "--seed", str(number), *(["--epochs", "1"] if args.quick else [])]),
-        f"fast.toml {args.short}": lambda number: ours([*common, "--seed", str(number), *args.short.split()]),
+    train_side = {
+        "tutorial": lambda number: tutorial(sets, number, args.tutorial_epochs),
+        "airbench": lambda number: race.run(number, args.epochs, tuple(args.widths)),
+        "default": lambda number: ours([*common, "--seed", str(number)]),
+        "fast": lambda number: ours([*fast, "--seed", str(number)]),
+        "fast-short": lambda number: ours([*fast, *args.short.split(), "--seed", str(number)]),
     }
-    curves = {name: [] for name in sides}
+    curves = {name: [] for name in args.only}
     for number in args.seeds:
-        for name, side in sides.items():
-            curves[name].append(side(number))
-            print(
-                f"seed {number}  {name}: {curves[name][-1][-1][1]:.2%} in {curves[name][-1][-1][0]:.1f} s", flush=True
-            )
-    reference = statistics.mean(curve[-1][0] for curve in curves["airbench94 at half width"])
+        for name in args.only:
+            curves[name].append(train_side[name](number))
+            seconds, accuracy = curves[name][-1][-1]
+            print(f"seed {number}  {name}: {accuracy:.2%} in {seconds:.1f} s", flush=True)
+    reference = statistics.mean(curve[-1][0] for curve in curves.get("airbench", next(iter(curves.values()))))
     for name, found in curves.items():
         accuracies, seconds = [curve[-1][1] for curve in found], statistics.mean(curve[-1][0] for curve in found)
-        spread = f"({min(accuracies):.2%} to {max(accuracies):.2%})"
-        print(
-            f"{name:26} {statistics.mean(accuracies):.2%} {spread}  {seconds:6.1f} s   ratio {seconds / reference:.2f}"
-        )
+        result = f"{statistics.mean(accuracies):.2%} ({min(accuracies):.2%} to {max(accuracies):.2%})"
+        print(f"{name:10} {result}  {seconds:6.1f} s   ratio of times {seconds / reference:.2f}")
     if args.curves:
-        args.curves.write_text(json.dumps(curves))
+        known = json.loads(args.curves.read_text()) if args.curves.exists() else {}
+        args.curves.write_text(json.dumps(known | curves))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,19 @@ def test_any_size_from_eight_and_every_activation(image_size, activation):
     assert network(torch.rand(2, 3, image_size, image_size)).shape == (2, 4)
 
 
+@pytest.mark.parametrize(("image_size", "width"), [(8, 0.1), (32, 1.0), (50, 2.0)])
+def test_fast_takes_any_size_and_width(image_size, width):
+    options = model.network_options("fast", 4, image_size, width=width)
+    network = model.create("fast", options)
+    assert network(torch.rand(2, 3, image_size, image_size)).shape == (2, 4)
+    assert network.layer3.conv.weight.shape == (round(128 * width), round(32 * width), 3, 3)
+    with pytest.raises(model.NetworkError, match="--width 2.0: cifar_quick is built in one way; leave it at 1.0"):
+        model.network_options("cifar_quick", 4, 32, width=2.0)
+
+
 def test_networks_that_cannot_be():
+    with pytest.raises(model.NetworkError, match="fast halves a picture three times: --image-size 7 is below 8"):
+        model.create("fast", {"image_size": 7})
     with pytest.raises(model.NetworkError, match="--image-size 7 is below 8"):
         model.create("cifar_quick", {"image_size": 7})
     with pytest.raises(model.NetworkError, match=r"no network 'lenet'; python model\.py --list has all"):

@@ -268,7 +268,7 @@ def test_held_out_pictures_choose_the_epoch_and_the_test_comes_last(tmp_path, ca
     assert [event.step for event in events(tmp_path / "a").Scalars("accuracy/test")] == [best["metrics"]["step"]]
 
 
-@pytest.mark.parametrize("name", ["cifar_quick", "tutorial", "shapes", "ants_bees"])
+@pytest.mark.parametrize("name", ["cifar_quick", "tutorial", "shapes", "ants_bees", "fast"])
 def test_the_configs_train(name, tmp_path):
     flags = ["--config", str(ROOT / "configs" / f"{name}.toml"), *QUICK, "--log-dir", str(tmp_path), "--run-name", "a"]
     assert train.cli(flags) == 0

@@ -77,10 +77,8 @@ class Augment:
         _, flip, row, column, cutout_row, cutout_column, *others = draws
         if self.resized_crop:
             images = resized_crop(images, self.resized_crop, *others[:4])
-        if self.crop:
-            images = shift(images, self.crop, row, column)
-        if self.flip:
-            images = torch.where((flip < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
+        if self.crop or self.flip:
+            images = move(images, self.crop, row, column, flip < 0.5 if self.flip else None)
         if self.jitter:
             images = jitter(images, self.jitter, *others[4:7])
         if self.cutout:
@@ -92,11 +90,22 @@ class Augment:
         return images
 
 
-def shift(images: Tensor, pixels: int, row: Tensor, column: Tensor) -> Tensor:
-    """Images moved by up to `pixels` up or down and left or right, with black moving in."""
-    windows = F.pad(images, (pixels,) * 4).unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # views
-    picture = torch.arange(len(images), device=images.device)
-    return windows[picture, :, (row * (2 * pixels + 1)).long(), (column * (2 * pixels + 1)).long()]
+def move(images: Tensor, pixels: int, row: Tensor, column: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Images moved by up to `pixels` up or down and left or right, with what moves in reflected at the edge; then
+    mirrored where `mirrored` `(N,)` is true. One gathering of pixels does all."""
+    count, _, height, width = images.shape
+
+    def places(draws: Tensor, side: int) -> Tensor:  # of the pixels that come to lie in rows (or columns) 0, 1, ...
+        place = (draws * (2 * pixels + 1)).long().view(-1, 1) - pixels + torch.arange(side, device=draws.device)
+        return (side - 1 - (side - 1 - place.abs()).abs()).clamp(0, side - 1)
+
+    rows, columns = places(row, height), places(column, width)
+    if mirrored is not None:
+        columns = torch.where(mirrored.view(-1, 1), columns.flip(1), columns)
+    rows = rows + height * torch.arange(count, device=rows.device).view(-1, 1)
+    picks = (width * rows.view(count, height, 1) + columns.view(count, 1, width)).flatten()
+    moved = images.permute(0, 2, 3, 1).reshape(-1, 3).index_select(0, picks)
+    return moved.view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
 def covered(draws: Tensor, length: int, side: int) -> Tensor:

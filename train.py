@@ -88,7 +88,9 @@ class Config:
     std: tuple = setting("data", (), "like mean", above=0)
     shuffle: bool = setting("data", True, "a new order every epoch")
     flip: bool = setting("data", False, "augmentation: mirror half the training pictures")
-    crop: int = setting("data", 0, "augmentation: shift by up to PIXELS", at_least=0, metavar="PIXELS")
+    crop: int = setting(
+        "data", 0, "augmentation: shift by up to PIXELS, reflected at the edge", at_least=0, metavar="PIXELS"
+    )
     cutout: int = setting("data", 0, "augmentation: hide a square of PIXELS", at_least=0, metavar="PIXELS")
     jitter: float = setting(
         "data", 0.0, "augmentation: change brightness, contrast, saturation by up to this share", at_least=0, at_most=1

@@ -184,13 +184,23 @@ def test_flip_mirrors_the_pictures_that_are_drawn():
 
 
 @pytest.mark.parametrize(("row", "column"), [(0.0, 0.0), (0.99, 0.0), (0.5, 0.99)])
-def test_crop_shifts_by_up_to_its_pixels(row, column):
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_crop_shifts_by_up_to_its_pixels(row, column, mirrored):
     images = torch.randint(1, 256, (3, 3, 6, 6), dtype=torch.uint8)
-    changed = Augment(crop=2)(images, drawn(3, row=row, column=column), FILL)
+    draws = drawn(3, row=row, column=column).clone()
+    draws[1] = 0.0
+    changed = Augment(crop=2, flip=mirrored)(images, draws, FILL)
     top, left = int(row * 5), int(column * 5)
-    padded = torch.zeros(3, 3, 10, 10, dtype=torch.uint8)
-    padded[:, :, 2:8, 2:8] = images
-    assert torch.equal(changed, padded[:, :, top : top + 6, left : left + 6])
+    padded = torch.from_numpy(np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2)), "reflect"))
+    expected = padded[:, :, top : top + 6, left : left + 6]
+    assert torch.equal(changed, expected.flip(3) if mirrored else expected)
+
+
+@pytest.mark.parametrize("crop", [1, 5, 6])
+def test_a_crop_as_large_as_the_picture_stays_inside(crop):
+    images = torch.randint(1, 256, (40, 3, 6, 6), dtype=torch.uint8)
+    changed = Augment(crop=crop)(images, torch.rand(datasets.DRAWS, 40), FILL)
+    assert changed.shape == images.shape and changed.min() > 0
 
 
 def test_cutout_hides_a_square_that_may_reach_over_the_edge():

@@ -239,9 +239,8 @@ class Pictures:
         parts, at_once = self.parts(batch_size), 1 if interpolates else max(1, self.ahead // batch_size)
         chunks = [parts[place : place + at_once] for place in range(0, len(parts), at_once)]
         wholes = [slice(chunk[0].start, chunk[-1].stop) for chunk in chunks]
-        chosen = [order[whole] for whole in wholes]
         order = order.to(device)
-        for chunk, whole, images in zip(chunks, wholes, self.stored(chosen), strict=True):
+        for chunk, whole, images in zip(chunks, wholes, self.stored([order[whole] for whole in wholes]), strict=True):
             picks, of_chunk = order[whole], draws[:, whole]
             if self.extent is not None:
                 images = squares(images, self.extent[picks], self.tall[picks], of_chunk[0] if augment else None)

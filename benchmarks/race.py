@@ -85,11 +85,13 @@ class Race:
         )
         self.labels, self.test_labels = (pictures.labels for pictures in sets)
 
-    def run(self, number: int, epochs: int, widths: tuple[int, ...]) -> list[tuple[float, float]]:
+    def run(
+        self, number: int, epochs: int, widths: tuple[int, ...], batch_size: int = 1024
+    ) -> list[tuple[float, float]]:
         """Train with this seed; (seconds of training so far, accuracy over six views) after each epoch."""
         seed(number)
         network = Airbench(widths).to(self.device, memory_format=memory_format(self.device))
-        batch_size, momentum, curve, seconds = min(1024, len(self.images)), 0.85, [], 0.0
+        momentum, curve, seconds = 0.85, [], 0.0
         scale = 1024 * (1 + 1 / (1 - momentum))
         lr, decay = 11.5 / scale, 0.0153 * batch_size / scale
         biases = [p for p in network.layers.parameters() if p.ndim == 1 and p.requires_grad]

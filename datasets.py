@@ -196,21 +196,14 @@ class Pictures:
         """How many pictures are made ready in one go: small batches would pay for the calls, not for the work."""
         return 2**20 // self.side**2
 
-    def steps(self, batch_size: int) -> int:
-        """How many batches an epoch has. A single left-over picture joins the batch before: alone it has no
-        statistics for batch normalisation."""
-        left_over = 1 if len(self) % batch_size == 1 < batch_size else 0
-        return max(1, math.ceil((len(self) - left_over) / batch_size))
+    def order(self, shuffle: bool, seed: int, epoch: int, keep: Tensor | None = None) -> tuple[Tensor, torch.Generator]:
+        """The epoch's order of the pictures, int64 `(N,)`, and the generator for what else is drawn in it.
 
-    def parts(self, batch_size: int) -> list[slice]:
-        """The places of an epoch that each batch takes."""
-        bounds = [*range(0, self.steps(batch_size) * batch_size, batch_size), len(self)]
-        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-
-    def order(self, shuffle: bool, seed: int, epoch: int) -> tuple[Tensor, torch.Generator]:
-        """The epoch's order of the pictures, int64 `(N,)`, and the generator for what else is drawn in it."""
+        With `keep`, bool `(N,)`, the pictures that are not kept are left out of it.
+        """
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-        return torch.randperm(len(self), generator=generator) if shuffle else torch.arange(len(self)), generator
+        order = torch.randperm(len(self), generator=generator) if shuffle else torch.arange(len(self))
+        return order if keep is None else order[keep.cpu()[order]], generator
 
     def turns(self, seed: int, epoch: int) -> Tensor:
         """A uniform number in [0, 1) for every picture, which moves by a half from epoch to epoch.
@@ -222,21 +215,29 @@ class Pictures:
         return (torch.rand(len(self), generator=generator) + epoch / 2) % 1
 
     def batches(
-        self, batch_size: int, shuffle: bool = False, augment: Augment | None = None, seed: int = 0, epoch: int = 0
+        self,
+        batch_size: int,
+        shuffle: bool = False,
+        augment: Augment | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+        keep: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Every picture once, as normalised float images `(B, 3, H, H)` and int64 labels `(B,)` on the device.
+
+        With `keep`, bool `(N,)`, only the pictures that are kept.
 
         Order and augmentation depend on `(seed, epoch)` and the place in the epoch alone; they are drawn on the CPU,
         so that every device gets the same.
         """
         device = self.labels.device
-        order, generator = self.order(shuffle, seed, epoch)
-        draws = torch.rand(DRAWS, len(self), generator=generator)
+        order, generator = self.order(shuffle, seed, epoch, keep)
+        draws = torch.rand(DRAWS, len(order), generator=generator)
         draws[1] = self.turns(seed, epoch)[order]
         draws, fill = draws.to(device), torch.tensor(self.mean, device=device).mul(255).round().byte().view(1, 3, 1, 1)
         # Interpolation rounds differently in larger batches, by a hair; what comes out must not depend on `ahead`.
         interpolates = augment is not None and (augment.jitter or augment.resized_crop)
-        parts, at_once = self.parts(batch_size), 1 if interpolates else max(1, self.ahead // batch_size)
+        parts, at_once = cuts(len(order), batch_size), 1 if interpolates else max(1, self.ahead // batch_size)
         chunks = [parts[place : place + at_once] for place in range(0, len(parts), at_once)]
         wholes = [slice(chunk[0].start, chunk[-1].stop) for chunk in chunks]
         order = order.to(device)
@@ -348,12 +349,29 @@ class Features(Pictures):
         return 250
 
     def batches(
-        self, batch_size: int, shuffle: bool = False, augment: None = None, seed: int = 0, epoch: int = 0
+        self,
+        batch_size: int,
+        shuffle: bool = False,
+        augment: None = None,
+        seed: int = 0,
+        epoch: int = 0,
+        keep: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Every picture's features once, `(B, ...)`, and int64 labels `(B,)`, in the order of the pictures' batches."""
-        order = self.order(shuffle, seed, epoch)[0].to(self.labels.device)
-        for part in self.parts(batch_size):
+        order = self.order(shuffle, seed, epoch, keep)[0].to(self.labels.device)
+        for part in cuts(len(order), batch_size):
             yield self.images[order[part]], self.labels[order[part]]
+
+
+def cuts(count: int, batch_size: int) -> list[slice]:
+    """The places of an epoch of `count` pictures that each of its batches takes.
+
+    A single left-over picture joins the batch before: alone it has no statistics for batch normalisation.
+    """
+    left_over = 1 if count % batch_size == 1 < batch_size else 0
+    steps = max(1, math.ceil((count - left_over) / batch_size))
+    bounds = [*range(0, steps * batch_size, batch_size), count]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def evaluation_batch(side: int) -> int:

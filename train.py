@@ -128,6 +128,13 @@ class Config:
     weight_decay: float = setting("recipe", 0.0, "of weight matrices; biases and normalisation have none", at_least=0)
     loss: str = setting("recipe", "cross_entropy", "mse and l1 are against one-hot labels", choices=LOSSES)
     label_smoothing: float = setting("recipe", 0.0, "share of a label given to all classes", at_least=0, below=1)
+    hardest: float = setting(
+        "recipe",
+        1.0,
+        "share of the pictures, the hardest, that the second half of the run trains on",
+        above=0,
+        at_most=1,
+    )
     tta: str = setting(
         "recipe", "none", "test-time augmentation: look at mirror images, or also at shifted ones", choices=TTA
     )
@@ -350,6 +357,7 @@ class Trainer:
     scaler: torch.amp.GradScaler  # does nothing but in fp16
     device: torch.device
     precision: torch.dtype
+    shares: Tensor | None = None  # given to the right class of every training picture, when it was last seen
 
     def step(self, images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
         """One step of SGD on a batch; returns its mean loss and its logits, without waiting for the device.
@@ -377,7 +385,7 @@ class Trainer:
     def state_dict(self) -> dict:
         """What resuming needs beside the weights."""
         parts = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()}
+        return {name: part.state_dict() for name, part in parts.items()} | {"shares": self.shares}
 
 
 def learning_rate(config: Config, steps: int, step: int) -> float:
@@ -476,8 +484,10 @@ def augmentation(config: Config) -> datasets.Augment | None:
     return augment if augment != datasets.Augment() else None
 
 
-def training_batches(train_set: datasets.Pictures, config: Config, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return train_set.batches(config.batch_size, config.shuffle, augmentation(config), config.seed, epoch)
+def training_batches(
+    train_set: datasets.Pictures, config: Config, epoch: int, keep: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    return train_set.batches(config.batch_size, config.shuffle, augmentation(config), config.seed, epoch, keep)
 
 
 def as_features(
@@ -522,17 +532,38 @@ def what_trains(
     return head_only, sets
 
 
+def hardest(trainer: Trainer, config: Config, epoch: int) -> Tensor | None:
+    """Which pictures an epoch trains on, bool `(N,)`: all (None) in the first half of the run, then `config.hardest`.
+
+    These are the ones of whose class the network was least sure when it last saw them: the others teach it little by
+    then (after Jordan 2024, arxiv.org/abs/2404.00498, section 5, where a small network chooses).
+    """
+    if config.hardest == 1 or epoch <= math.ceil(config.epochs / 2):
+        return None
+    count = kept(len(trainer.shares), config, epoch)
+    keep = torch.zeros(len(trainer.shares), dtype=torch.bool, device=trainer.device)
+    keep[trainer.shares.topk(count, largest=False).indices] = True
+    return keep
+
+
+def kept(pictures: int, config: Config, epoch: int) -> int:
+    """How many of the training pictures an epoch trains on."""
+    return pictures if epoch <= math.ceil(config.epochs / 2) else max(2, round(config.hardest * pictures))
+
+
 def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, epoch: int, writer) -> dict:
     """One pass over the training pictures; returns its metrics. Raises TrainingError when the loss is not finite."""
     from tqdm import tqdm
 
     seed(config.seed, epoch)
     model.train_mode(trainer.trains)
-    steps = train_set.steps(config.batch_size)
-    batches = training_batches(train_set, config, epoch)
+    keep = hardest(trainer, config, epoch)
+    order, _ = train_set.order(config.shuffle, config.seed, epoch, keep)
+    steps, steps_before = len(datasets.cuts(len(order), config.batch_size)), trainer.schedule.last_epoch
+    batches = training_batches(train_set, config, epoch, keep)
     bar = tqdm(batches, f"epoch {epoch}", steps, unit=" steps", leave=False, disable=None)
     loss_sum, correct = torch.zeros(2, device=trainer.device).unbind()
-    logged_sum, logged_pictures, pictures = 0.0, 0, 0
+    logged_sum, logged_pictures, pictures, found = 0.0, 0, 0, []
     start = time.perf_counter()
     for step, (images, labels) in enumerate(bar, 1):
         lr = trainer.schedule.get_last_lr()[0]
@@ -540,6 +571,8 @@ def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, 
         loss_sum += loss * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         pictures += len(labels)
+        if config.hardest < 1:
+            found.append(model.probabilities(logits.float(), config.loss).gather(1, labels.view(-1, 1)))
         if step % LOG_STEPS == 0 or step == steps:  # .item() waits for the device, so not at every step
             total = loss_sum.item()
             if not math.isfinite(total):
@@ -547,14 +580,17 @@ def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, 
             if step < steps:
                 mean = (total - logged_sum) / (pictures - logged_pictures)
                 bar.set_postfix(loss=f"{mean:.3f}")
-                writer.add_scalar("loss/train", mean, (epoch - 1) * steps + step)
-                writer.add_scalar("lr", lr, (epoch - 1) * steps + step)
-            writer.add_scalar("gradient_norm", trainer.gradient_norm(), (epoch - 1) * steps + step)
+                writer.add_scalar("loss/train", mean, steps_before + step)
+                writer.add_scalar("lr", lr, steps_before + step)
+            writer.add_scalar("gradient_norm", trainer.gradient_norm(), steps_before + step)
             logged_sum, logged_pictures = total, pictures
+    if config.hardest < 1:
+        trainer.shares = trainer.shares if epoch > 1 else torch.zeros(len(train_set), device=trainer.device)
+        trainer.shares[order.to(trainer.device)] = torch.cat(found).squeeze(1)
     seconds = time.perf_counter() - start
     return {
         "epoch": epoch,
-        "step": epoch * steps,
+        "step": steps_before + steps,
         "train_loss": total / pictures,
         "train_accuracy": correct.item() / pictures,
         "lr": lr,
@@ -785,7 +821,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.whiten and not trained:
         model.whiten(network, look(train_set, torch.arange(min(500, len(train_set))))[0])
     network, trained = network.to(device, memory_format=memory_format(device)), None  # its memory is free again
-    steps = config.epochs * train_set.steps(config.batch_size)
+    steps = sum(
+        len(datasets.cuts(kept(len(train_set), config, epoch), config.batch_size))
+        for epoch in range(1, config.epochs + 1)
+    )
     say_what(config, (train_set, *eval_sets), network, device)
 
     shown_sets = [train_set, eval_sets[0]]

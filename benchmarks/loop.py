@@ -93,7 +93,7 @@ def main() -> None:
 
     def bare_steps() -> int:
         bare.network.train()
-        for _ in range(train_set.steps(config.batch_size)):
+        for _ in range(len(datasets.cuts(len(train_set), config.batch_size))):
             with autocast(device, precision):
                 logits = bare.forward(images)
                 loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)

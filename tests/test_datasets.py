@@ -57,7 +57,7 @@ def test_every_picture_comes_once_an_epoch():
         pictures = squares(count)
         batches = list(pictures.batches(batch_size, shuffle=True))
         assert sorted(numbers(batches)) == list(range(count))
-        assert len(batches) == pictures.steps(batch_size)
+        assert len(batches) == len(datasets.cuts(len(pictures), batch_size))
         assert 1 in (count, batch_size) or min(len(labels) for _, labels in batches) > 1
         assert batch_size > 1 or len(batches) == count
 
@@ -107,6 +107,16 @@ def test_batches_are_the_same_however_many_are_made_ready_at_once(monkeypatch):
     for batches in found[1:]:
         for (images, labels), (same, others) in zip(found[0], batches, strict=True):
             assert torch.equal(images, same) and torch.equal(labels, others)
+
+
+def test_only_what_is_kept_comes_in_an_epoch():
+    pictures = datasets.shapes("train", 100)
+    keep = torch.arange(100) % 3 == 0
+    order, _ = pictures.order(True, 0, 1, keep)
+    assert sorted(order.tolist()) == list(range(0, 100, 3))
+    batches = list(pictures.batches(10, shuffle=True, epoch=1, keep=keep))
+    assert [len(labels) for _, labels in batches] == [10, 10, 10, 4]
+    assert torch.equal(torch.cat([labels for _, labels in batches]), pictures.labels[order])
 
 
 def test_augmentation_repeats_for_the_same_epoch():
@@ -376,7 +386,9 @@ def test_features_come_in_the_order_of_the_pictures():
     train_set, _ = datasets.load("shapes", limit=45)
     everything = torch.cat([images for images, _ in train_set.batches(10)])
     features = datasets.Features(everything.flatten(1), train_set.labels, train_set.classes, "train")
-    assert features.evaluation_batch == 250 and features.steps(10) == train_set.steps(10)
+    assert features.evaluation_batch == 250 and len(list(features.batches(10))) == len(
+        datasets.cuts(len(train_set), 10)
+    )
     both = zip(train_set.batches(10, True, None, 3, 2), features.batches(10, True, None, 3, 2), strict=True)
     for (images, labels), (of_images, of_labels) in both:
         assert torch.equal(images.flatten(1), of_images) and torch.equal(labels, of_labels)

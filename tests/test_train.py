@@ -57,7 +57,7 @@ def test_metrics_have_a_line_an_epoch(run):
 def test_checkpoints_can_be_resumed_and_the_best_is_small(run):
     checkpoint = torch.load(run / "epoch_003.pt", weights_only=True)
     assert set(checkpoint) == {*model.CONTENT, "training"}
-    assert set(checkpoint["training"]) == {"optimizer", "schedule", "scaler"}
+    assert set(checkpoint["training"]) == {"optimizer", "schedule", "scaler", "shares"}
     assert len(checkpoint["training"]["optimizer"]["state"]) == len(list(model.CifarQuick().parameters()))
     assert checkpoint["config"]["limit"] == 1000 and checkpoint["epoch"] == 3
     best = torch.load(run / "best.pt", weights_only=True)
@@ -255,6 +255,18 @@ def test_every_recipe_option_changes_the_result_and_is_remembered(tmp_path, colo
     assert same_weights(tmp_path / "plain" / "epoch_002.pt", tmp_path / "tta" / "epoch_002.pt")
     losses = [metrics(tmp_path / name)[0]["test_loss"] for name in ("plain", "tta")]
     assert losses[0] != losses[1]
+
+
+def test_the_second_half_trains_on_the_hardest_pictures(tmp_path, capsys):
+    flags = "--data shapes --limit 500 --epochs 3 --batch-size 50 --hardest 0.3 --device cpu --no-views --run-name a"
+    assert train.cli([*flags.split(), "--log-dir", str(tmp_path)]) == 0
+    assert [line["step"] for line in metrics(tmp_path / "a")] == [10, 20, 23]
+    checkpoints = [torch.load(tmp_path / "a" / f"epoch_{n:03}.pt", weights_only=True) for n in (2, 3)]
+    before, after = (checkpoint["training"]["shares"] for checkpoint in checkpoints)
+    assert checkpoints[1]["training"]["schedule"]["last_epoch"] == 23 and checkpoints[1]["metrics"]["lr"] < 0.02
+    seen = before != after  # in the last epoch
+    assert abs(seen.sum().item() - 150) <= 1 and before[seen].max() <= before[~seen].min()
+    assert before.min() > 0 and before.max() < 1
 
 
 def test_held_out_pictures_choose_the_epoch_and_the_test_comes_last(tmp_path, capsys):

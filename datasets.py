@@ -211,8 +211,8 @@ class Pictures:
         What mirrors the lower half shows each picture one way in one epoch and the other way in the next, which teaches
         more than drawing anew (Jordan 2024, arxiv.org/abs/2404.00498, section 3.6).
         """
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        return (torch.rand(len(self), generator=generator) + epoch / 2) % 1
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, 0, 1)).generate_state(1)[0]))
+        return (torch.rand(len(self), generator=generator) + epoch % 2 / 2) % 1
 
     def batches(
         self,
@@ -227,8 +227,8 @@ class Pictures:
 
         With `keep`, bool `(N,)`, only the pictures that are kept.
 
-        Order and augmentation depend on `(seed, epoch)` and the place in the epoch alone; they are drawn on the CPU,
-        so that every device gets the same.
+        Order and augmentation depend on `(seed, epoch)` and the place in the epoch alone (mirroring on the place in the
+        set); they are drawn on the CPU, so that every device gets the same.
         """
         device = self.labels.device
         order, generator = self.order(shuffle, seed, epoch, keep)
@@ -240,8 +240,9 @@ class Pictures:
         parts, at_once = cuts(len(order), batch_size), 1 if interpolates else max(1, self.ahead // batch_size)
         chunks = [parts[place : place + at_once] for place in range(0, len(parts), at_once)]
         wholes = [slice(chunk[0].start, chunk[-1].stop) for chunk in chunks]
+        chosen = [order[whole] for whole in wholes]
         order = order.to(device)
-        for chunk, whole, images in zip(chunks, wholes, self.stored([order[whole] for whole in wholes]), strict=True):
+        for chunk, whole, images in zip(chunks, wholes, self.stored(chosen), strict=True):
             picks, of_chunk = order[whole], draws[:, whole]
             if self.extent is not None:
                 images = squares(images, self.extent[picks], self.tall[picks], of_chunk[0] if augment else None)

@@ -68,7 +68,7 @@ def computes_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 numbers in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # PyTorch 2.10 cannot tell
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 

@@ -166,9 +166,12 @@ def network_options(name: str, classes: int, image_size: int, append: int = 0, *
     for key, value in settings.items():
         if key in options and value != "auto":
             options[key] = value
-        elif key not in options and value != SETTINGS[key]:
-            flag = f"--no-{key}" if value is False else f"--{key} {value}"
-            raise NetworkError(f"{flag.replace('_', '-')}: {name} is built in one way; leave it at {SETTINGS[key]}")
+        elif key not in options and value not in (SETTINGS[key], "relu"):  # relu was the default once
+            wrong, right = (
+                f"--{'no-' if of is False else ''}{key.replace('_', '-')}{'' if isinstance(of, bool) else f' {of}'}"
+                for of in (value, SETTINGS[key])
+            )
+            raise NetworkError(f"{wrong}: {name} has no such option; add {right}")
     return options | {"classes": classes, "image_size": image_size} | ({"append": append} if append else {})
 
 
@@ -184,7 +187,8 @@ def whiten(network: nn.Module, images: Tensor) -> None:
     conv = next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
     if conv is None or conv.in_channels != 3:
         raise NetworkError("--whiten: this network does not begin with a convolution; add --no-whiten")
-    patches = F.unfold(images.float().cpu(), conv.kernel_size, stride=max(1, images.shape[3] // 32))
+    padding = conv.padding if images.shape[3] < max(conv.kernel_size) else 0
+    patches = F.unfold(images.cpu(), conv.kernel_size, padding=padding, stride=max(1, images.shape[3] // 32))
     patches = patches.transpose(1, 2).flatten(0, 1)
     variances, components = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
     components *= components.gather(0, components.abs().argmax(0, keepdim=True)).sign()  # one of two that serve as well
@@ -325,16 +329,16 @@ def loss_function(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", l
 def outputs(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], tta: str = "none") -> tuple[Tensor, Tensor]:
     """The network's answers to all batches, in eval mode: float32 logits `(N, classes)` and int64 labels `(N,)`.
 
-    With `tta` they are the mean of what it answers to several views of each picture, see `look`.
+    With `tta` they are the mean of what it answers to several views of each picture, see `mean_of_views`.
     """
     training = network.training
     network.eval()
-    pairs = [(look(network, images, tta), labels) for images, labels in batches]
+    pairs = [(mean_of_views(network, images, tta), labels) for images, labels in batches]
     network.train(training)
     return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
 
-def look(network: nn.Module, images: Tensor, tta: str = "none") -> Tensor:
+def mean_of_views(network: nn.Module, images: Tensor, tta: str = "none") -> Tensor:
     """Float32 logits `(N, classes)` of images `(N, 3, H, W)`, by test-time augmentation.
 
     `none` looks once. `mirror` takes the mean of a picture and its mirror image. `shift` takes half of that, and half
@@ -346,7 +350,7 @@ def look(network: nn.Module, images: Tensor, tta: str = "none") -> Tensor:
     if tta == "shift":
         padded, (height, width) = F.pad(images, (1,) * 4, "reflect"), images.shape[2:]
         moved = padded[:, :, 2:, 2:], padded[:, :, :height, :width]
-        logits = logits / 2 + sum(look(network, views, "mirror") for views in moved) / 4
+        logits = logits / 2 + sum(mean_of_views(network, views, "mirror") for views in moved) / 4
     return logits
 
 

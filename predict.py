@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -64,13 +65,13 @@ def decode(names: list[str | Path], sizing: datasets.Sizing) -> Iterator[tuple[l
     # What workers hand over has to fit into 64 MB of shared memory (Docker's default).
     batch = max(1, min(BATCH, 2**23 // (sizing.side**2 * max(1, workers))))
     plan = [list(range(start, min(start + batch, len(names)))) for start in range(0, len(names), batch)]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [str(name) for name in names]
-        if "-" in paths:
+    paths = [os.fsencode(name) for name in names]
+    with tempfile.TemporaryDirectory() if "-" in names else contextlib.nullcontext() as folder:
+        if folder:
             typed = Path(folder, "standard input")
             typed.write_bytes(sys.stdin.buffer.read() if sys.stdin else b"")
-            paths = [str(typed) if path == "-" else path for path in paths]
-        files = datasets.Files(np.array([os.fsencode(path) for path in paths]), sizing, sizing.side)
+            paths = [os.fsencode(typed) if path == b"-" else path for path in paths]
+        files = datasets.Files(np.array(paths), sizing, sizing.side)
         for picks, decoded in zip(plan, datasets.decoder(files, plan, workers, torch.device("cpu")), strict=True):
             yield [names[pick] for pick in picks], decoded
 
@@ -94,7 +95,9 @@ def answers(
             if good:
                 yield name, [(classes[place], share) for share, place in zip(*next(tops), strict=True)], picture
                 continue
-            reason = "no pictures in this folder" if name != "-" and Path(name).is_dir() else next(reasons)[1]
+            _, reason = next(reasons)
+            if name != "-" and Path(name).is_dir():
+                reason = "no pictures in this folder"
             print(f"predict.py: {name}: {reason}", file=sys.stderr)
             yield name, None, picture
 
@@ -187,7 +190,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     forms.add_argument("--json", dest="form", action="store_const", const="json", help="a JSON object a line")
     forms.add_argument("--csv", dest="form", action="store_const", const="csv", help="a table with a header")
     parser.add_argument("--show", action="store_true", help="write NAME.explained.png: what the answer hangs on")
-    parser.add_argument("--tta", choices=model.TTA, help="mirror: look at mirror images too; default: as the run did")
+    parser.add_argument("--tta", choices=model.TTA, help="views of each picture; default: as in training")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     parser.error = lambda message: parser.exit(2, f"predict.py: {message}\n")
     args, unknown = parser.parse_known_args(argv)

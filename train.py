@@ -105,7 +105,7 @@ class Config:
         "network", "auto", "of our own networks; auto: what each does best with", choices=("auto", *ACTIVATIONS)
     )
     width: float = setting("network", 1.0, "of fast: times as many channels", above=0, at_most=64)
-    whiten: bool = setting("network", False, "the first convolution starts as whitening filters of training pictures")
+    whiten: bool = setting("network", False, "without --weights: the first convolution starts as whitening filters")
     stem: str = setting("network", "standard", "small: ResNets and the like keep small pictures' size", choices=STEMS)
     weights: str = setting("network", "none", "start from: none, imagenet, or a checkpoint")
     head: str = setting(
@@ -118,7 +118,7 @@ class Config:
 
     epochs: int = setting("recipe", 10, "passes over the training pictures", at_least=1)
     batch_size: int = setting("recipe", 64, "pictures a step", at_least=1)
-    optimizer: str = setting("recipe", "sgd", "muon: SGD, but convolutions by --muon-lr", choices=("sgd", "muon"))
+    optimizer: str = setting("recipe", "sgd", "muon: SGD, hidden layers' weights by --muon-lr", choices=("sgd", "muon"))
     lr: float = setting("recipe", 0.01, "learning rate, at its highest", above=0)
     muon_lr: float = setting("recipe", 0.05, "the same for Muon's orthogonal steps", above=0)
     backbone_lr: float = setting("recipe", 0.0, "the same for all but the head; 0: like lr", at_least=0)
@@ -258,7 +258,7 @@ def check_together(config: Config) -> None:
     if config.freeze != "0" and config.weights == "none":
         raise ConfigError(f"--freeze {config.freeze}: untrained stages would stay random; add --weights")
     if config.freeze == "all" and config.backbone_lr:
-        raise ConfigError("--backbone-lr: with --freeze all nothing but the head trains")
+        raise ConfigError("--backbone-lr: with --freeze all nothing but the head trains; add --backbone-lr 0")
     if config.model in NETWORKS and config.batch_norm and config.batch_size == 1 and config.freeze != "all":
         raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
     if config.run_name != Path(config.run_name).name or config.run_name == "..":
@@ -304,15 +304,16 @@ def as_toml(config: Config) -> str:
 
 
 class Muon(torch.optim.SGD):
-    """SGD that makes the step of every weight in groups with `orthogonal=True` an orthogonal matrix.
+    """SGD that makes the step of every weight in groups with `orthogonal=True` more like an orthogonal matrix.
 
     After Jordan et al. 2024 (kellerjordan.github.io/posts/muon): a convolution's step, seen as `(outputs, all else)`,
-    keeps its directions, but all of them get the same length. torch.optim.Muon takes matrices alone.
+    keeps its directions, but their lengths come closer to each other. torch.optim.Muon takes matrices alone.
     """
 
     def __init__(self, groups: list[dict], *settings: float, precision: torch.dtype, **more: bool):
         super().__init__(groups, *settings, **more)
         self.precision = torch.bfloat16 if precision == torch.bfloat16 else torch.float32  # of the products
+        self._step_supports_amp_scaling = False  # GradScaler shall unscale the gradients and skip what overflowed
 
     @torch.no_grad()
     def step(self) -> None:
@@ -326,16 +327,17 @@ class Muon(torch.optim.SGD):
                     continue
                 buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
                 buffer.mul_(group["momentum"]).add_(weight.grad)
-                step = weight.grad.add(buffer, alpha=group["momentum"])
+                step = weight.grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
                 step = orthogonal(step.flatten(1).to(self.precision)).to(weight).view_as(weight)
                 long = max(1, len(weight) / weight[0].numel()) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"] * long)
 
 
 def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
-    """About the nearest (semi-)orthogonal matrix: its singular values are brought near to 1 by Newton-Schulz steps.
+    """A matrix on the way to the nearest (semi-)orthogonal one, by Newton-Schulz steps on its singular values.
 
-    They end between 0.7 and 1.2, which serves as well as 1; the polynomial is that of the page named in Muon.
+    Three steps bring those above 0.03 of the matrix's norm to between 0.6 and 1.2, and let smaller ones grow about 40
+    times, which serves as well as exact ones; the polynomial is that of the page named in Muon.
     """
     wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
@@ -523,11 +525,9 @@ def what_trains(
     if config.freeze != "all":
         return network, sets
     head_only = model.HeadOnly(network, head, config.image_size)
-    if (
-        not augmentation(config)
-        and config.tta == "none"
-        and (features := as_features(sets, head_only, config, precision))
-    ):
+    if config.tta != "none":
+        print("features are computed anew every epoch; --tta none would compute them once", file=sys.stderr)
+    elif not augmentation(config) and (features := as_features(sets, head_only, config, precision)):
         return head_only.tail, features
     return head_only, sets
 
@@ -555,6 +555,7 @@ def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, 
     """One pass over the training pictures; returns its metrics. Raises TrainingError when the loss is not finite."""
     from tqdm import tqdm
 
+    start = time.perf_counter()
     seed(config.seed, epoch)
     model.train_mode(trainer.trains)
     keep = hardest(trainer, config, epoch)
@@ -564,7 +565,6 @@ def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, 
     bar = tqdm(batches, f"epoch {epoch}", steps, unit=" steps", leave=False, disable=None)
     loss_sum, correct = torch.zeros(2, device=trainer.device).unbind()
     logged_sum, logged_pictures, pictures, found = 0.0, 0, 0, []
-    start = time.perf_counter()
     for step, (images, labels) in enumerate(bar, 1):
         lr = trainer.schedule.get_last_lr()[0]
         loss, logits = trainer.step(images, labels, config)
@@ -819,7 +819,7 @@ def main(argv: list[str] | None = None) -> None:
     options = network_options(config, len(classes), trained)
     network, head = build(config, options, classes, trained)
     if config.whiten and not trained:
-        model.whiten(network, look(train_set, torch.arange(min(500, len(train_set))))[0])
+        model.whiten(network, look(train_set, torch.arange(min(train_set.evaluation_batch, len(train_set))))[0])
     network, trained = network.to(device, memory_format=memory_format(device)), None  # its memory is free again
     steps = sum(
         len(datasets.cuts(kept(len(train_set), config, epoch), config.batch_size))

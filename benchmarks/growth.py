@@ -41,9 +41,10 @@ def main() -> None:
     tune(device)
     [pictures] = datasets.load(args.data, device=device, splits=["train"])
     pictures = pictures.take(torch.randperm(len(pictures))[: 4000 if args.quick else 40_000])
-    network = model.create(config.model, train.network_options(config, 10))
-    network = network.to(device, memory_format=memory_format(device))
-    trainer = train.make_trainer(network, config, 10**6, device, pick_precision(config.precision, device))
+    options = train.network_options(config, 10)
+    network = model.create(config.model, options).to(device, memory_format=memory_format(device))
+    head, precision = model.head_keys(config.model, options), pick_precision(config.precision, device)
+    trainer = train.make_trainer(network, config, 10**6, device, precision, head)
 
     def seconds(part: datasets.Pictures, epochs: int = 3) -> float:
         return statistics.median(

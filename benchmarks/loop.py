@@ -84,23 +84,24 @@ def main() -> None:
     train_set, test_set = datasets.load("shapes", device=device)
 
     def new_trainer() -> train.Trainer:
-        network = model.create(config.model, train.network_options(config, len(train_set.classes)))
-        network = network.to(device, memory_format=memory_format(device)).train()
-        return train.make_trainer(network, config, 10**6, device, precision)
+        options = train.network_options(config, len(train_set.classes))
+        network = model.create(config.model, options).to(device, memory_format=memory_format(device)).train()
+        return train.make_trainer(network, config, 10**6, device, precision, model.head_keys(config.model, options))
 
     ours, bare = new_trainer(), new_trainer()
     images, labels = next(train_set.batches(config.batch_size))
 
     def bare_steps() -> int:
         bare.network.train()
-        for _ in range(len(datasets.cuts(len(train_set), config.batch_size))):
+        steps = len(datasets.cuts(len(train_set), config.batch_size))
+        for _ in range(steps):
             with autocast(device, precision):
                 logits = bare.forward(images)
                 loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
             loss.backward()
             bare.optimizer.step()
             bare.optimizer.zero_grad(set_to_none=True)
-        return len(train_set)
+        return steps * len(labels)
 
     def epoch() -> int:
         train.train_epoch(ours, train_set, config, 1, NoWriter())

@@ -70,8 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights" / "cifar_quick.pt")
     parser.add_argument("--kind", default="png", choices=["png", "jpg"], help="of the files (default: png)")
-    parser.add_argument("--quick", action="store_true", help="1,000 files")
+    parser.add_argument("--quick", action="store_true", help="2,000 files")
     args = parser.parse_args()
+    model.read(args.checkpoint)  # or say what is wrong with it
     count, rounds = (2000, 3) if args.quick else (10_000, 5)
     with tempfile.TemporaryDirectory() as folder:
         images = datasets.shapes("test", count).images.permute(0, 2, 3, 1).numpy()

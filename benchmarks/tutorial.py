@@ -30,7 +30,7 @@ class InMemory(torchvision.datasets.CIFAR10):
     """torchvision's CIFAR-10 around pictures that are in memory already, in the form that it keeps them in."""
 
     def __init__(self, pictures: datasets.Pictures):
-        self.data = pictures.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.data = pictures.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         self.targets = pictures.labels.tolist()
         self.transform, self.target_transform = torchvision.transforms.ToTensor(), None
 
@@ -38,7 +38,8 @@ class InMemory(torchvision.datasets.CIFAR10):
 class Tutorial:
     """The plain loop, as beginners' courses have it."""
 
-    def __init__(self, pictures: datasets.Pictures):
+    def __init__(self, pictures: datasets.Pictures, device: torch.device):
+        self.device = device
         self.loader = torch.utils.data.DataLoader(InMemory(pictures), batch_size=64)
         self.network = nn.Sequential(
             nn.Conv2d(3, 32, 5, 1, 2),
@@ -50,13 +51,14 @@ class Tutorial:
             nn.Flatten(),
             nn.Linear(1024, 64),
             nn.Linear(64, 10),
-        )
+        ).to(device)
         self.loss_function = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01)
 
     def epoch(self) -> None:
         self.network.train()
         for step, (images, labels) in enumerate(self.loader):
+            images, labels = images.to(self.device), labels.to(self.device)
             outputs = self.network(images)
             loss = self.loss_function(outputs, labels)
             self.optimizer.zero_grad()
@@ -69,8 +71,8 @@ class Tutorial:
     def accuracy(self, pictures: datasets.Pictures) -> float:
         self.network.eval()
         loader = torch.utils.data.DataLoader(InMemory(pictures), batch_size=64)
-        correct = sum((self.network(images).argmax(1) == labels).sum().item() for images, labels in loader)
-        return correct / len(pictures)
+        guesses = torch.cat([self.network(images.to(self.device)).argmax(1) for images, _ in loader])
+        return (guesses == pictures.labels).float().mean().item()
 
 
 class NoWriter:
@@ -96,7 +98,7 @@ def main() -> None:
     [pictures] = datasets.load(
         args.data, limit=6400 if args.quick else 0, mean=(0, 0, 0), std=(1, 1, 1), splits=["train"]
     )
-    plain = Tutorial(pictures)
+    plain = Tutorial(pictures, torch.device("cpu"))
     # The plain loop's side first, so that it has the system's memory allocator as it is.
     start = time.perf_counter()
     plain.epoch()

@@ -49,10 +49,10 @@ def test_settings_that_a_network_does_not_have_are_refused_and_others_left_to_it
     assert model.network_options("cifar_quick", 5, 16, activation="auto", batch_norm=False) == {
         **{"classes": 5, "image_size": 16, "batch_norm": False, "activation": "silu"}
     }
-    assert model.network_options("resnet18", 5, 16, 7, stem="small", batch_norm=True, width=1.0) == {
+    assert model.network_options("resnet18", 5, 16, 7, stem="small", batch_norm=True, activation="relu") == {
         **{"classes": 5, "image_size": 16, "stem": "small", "append": 7}
     }
-    with pytest.raises(model.NetworkError, match=r"^--no-batch-norm: resnet18 is built in one way; leave it at True"):
+    with pytest.raises(model.NetworkError, match=r"^--no-batch-norm: resnet18 has no such option; add --batch-norm$"):
         model.network_options("resnet18", 5, 16, batch_norm=False)
 
 
@@ -111,7 +111,7 @@ def test_fast_takes_any_size_and_width(image_size, width):
     network = model.create("fast", options)
     assert network(torch.rand(2, 3, image_size, image_size)).shape == (2, 4)
     assert network.layer3.conv.weight.shape == (round(128 * width), round(32 * width), 3, 3)
-    with pytest.raises(model.NetworkError, match=r"--width 2\.0: cifar_quick is built in one way"):
+    with pytest.raises(model.NetworkError, match=r"--width 2\.0: cifar_quick has no such option; add --width 1\.0"):
         model.network_options("cifar_quick", 4, 32, width=2.0)
 
 
@@ -175,8 +175,8 @@ def test_the_script_writes_the_graph(tmp_path, capsys):
         ("--model resnet_18", "did you mean resnet18?"),
         ("--model alexnet", "cannot train on pictures of 32 x 32 pixels"),
         ("--model vgg11 --stem small", "vgg11 does not begin with a stride-2 convolution"),
-        ("--stem small", "--stem small: cifar_quick is built in one way; leave it at standard"),
-        ("--model resnet18 --activation gelu", "--activation gelu: resnet18 is built in one way; leave it at auto"),
+        ("--stem small", "--stem small: cifar_quick has no such option; add --stem standard"),
+        ("--model resnet18 --activation gelu", "--activation gelu: resnet18 has no such option; add --activation auto"),
         ("--model maxvit_t --image-size 224 --stem small", "--stem small: maxvit_t is built for"),
         ("--export nowhere/a.pt2 --checkpoint a.pt", "there is no folder nowhere"),
         ("--modell x", "unrecognized arguments: --modell x"),
@@ -194,7 +194,7 @@ def test_the_script_names_mistakes_in_one_line(flags, reason, capsys):
 def test_the_list_has_every_network(capsys):
     assert model.cli(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["cifar_quick", *model.torchvision_names()]
+    assert [line.split()[0] for line in lines[1:]] == [*model.NETWORKS, *model.torchvision_names()]
     assert "vgg16" in model.torchvision_names() and len(lines) > 80
     assert next(line for line in lines if line.startswith("vgg16 ")).split()[1] == "138,357,544"
     assert lines[1].split()[1] == "145,770"

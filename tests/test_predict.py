@@ -70,6 +70,16 @@ def test_many_pictures_in_several_batches_get_their_own_answers(ask, tmp_path, m
     assert status == 1 and errors.count("\n") == 1 and "05b.png: not a picture" in errors
 
 
+def test_the_reasons_belong_to_their_files(ask, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_text("not a picture")
+    (tmp_path / "zero.png").write_bytes(b"")
+    status, lines, errors = ask(tmp_path / "empty", tmp_path / "broken.png", tmp_path / "zero.png")
+    reasons = [line.rpartition(": ")[2] for line in errors.splitlines() if line.startswith("predict.py")]
+    assert status == 1 and not lines
+    assert reasons == ["no pictures in this folder", "not a picture that Pillow can read", "empty file"]
+
+
 def test_json_has_an_object_a_line(ask, pictures):
     _, lines, _ = ask("--json", pictures)
     answers = [json.loads(line) for line in lines]

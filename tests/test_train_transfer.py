@@ -241,9 +241,9 @@ def test_the_vgg16_config_trains_the_head_of_vgg16(tmp_path, monkeypatch):
         (
             "--model resnet18 --activation gelu",
             2,
-            "--activation gelu: resnet18 is built in one way; leave it at auto",
+            "--activation gelu: resnet18 has no such option; add --activation auto",
         ),
-        ("--stem small", 2, "--stem small: cifar_quick is built in one way; leave it at standard"),
+        ("--stem small", 2, "--stem small: cifar_quick has no such option; add --stem standard"),
         ("--model vgg11 --stem small", 2, "vgg11 does not begin with a stride-2 convolution; use --stem standard"),
         ("--weights imagenet", 2, "there are none for cifar_quick; take a network of torchvision"),
         ("--weights nowhere.pt", 1, "nowhere.pt: no such checkpoint"),

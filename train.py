@@ -525,9 +525,11 @@ def what_trains(
     if config.freeze != "all":
         return network, sets
     head_only = model.HeadOnly(network, head, config.image_size)
+    if augmentation(config):
+        return head_only, sets
     if config.tta != "none":
         print("features are computed anew every epoch; --tta none would compute them once", file=sys.stderr)
-    elif not augmentation(config) and (features := as_features(sets, head_only, config, precision)):
+    elif features := as_features(sets, head_only, config, precision):
         return head_only.tail, features
     return head_only, sets
 

@@ -244,6 +244,7 @@ def test_muon_makes_hidden_weights_steps_orthogonal_and_the_rest_as_sgd():
             assert 0.8 < singular.max() < 1.3 and not torch.allclose(step, found["sgd"][key], atol=1e-4), key
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_muon_skips_a_step_that_overflowed_in_fp16():
     network, config = model.CifarQuick(classes=2, image_size=8), train.Config(optimizer="muon", momentum=0.9)
     trainer = train.make_trainer(network, config, 10, torch.device("cpu"), torch.float32)

@@ -156,6 +156,12 @@ def test_augmented_pictures_go_through_the_frozen_part_each_time(run, tmp_path, 
     assert "features" not in capsys.readouterr().err
 
 
+def test_views_of_test_pictures_forbid_features_and_say_so(run, tmp_path, capsys):
+    flags = "--freeze all --no-flip --crop 0 --tta mirror".split()
+    train_from(tmp_path, "--weights", run / "best.pt", *flags)
+    assert "--tta none would compute them once" in capsys.readouterr().err
+
+
 def test_a_frozen_network_trains_its_head_on_single_pictures(run, tmp_path):
     flags = ["--weights", run / "best.pt", "--head", "replace", "--freeze", "all", "--batch-size", 1, "--limit", 10]
     train_from(tmp_path, *flags)

@@ -107,12 +107,12 @@ class Fast(nn.Module):
                 activation=ACTIVATIONS[activation](),
             )
 
-        small, large = (max(1, round(width * channels)) for channels in (32, 128))
+        small, middle, large = (max(1, round(width * channels)) for channels in (32, 128, 256))
         self.layer1 = layer(3, small, 5, pool=True)
         self.layer2 = layer(small, small)
-        self.layer3 = layer(small, large, pool=True)
-        self.layer4 = layer(large, large)
-        self.layer5 = layer(large, large, pool=True)
+        self.layer3 = layer(small, middle, pool=True)
+        self.layer4 = layer(middle, middle)
+        self.layer5 = layer(middle, large, pool=True)
         self.layer6 = layer(large, large)
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.flatten = nn.Flatten()

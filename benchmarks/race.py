@@ -8,12 +8,14 @@ The other side is written anew from the public description of airbench94 (Jordan
 frozen 2x2 whitening convolution, three groups of two 3x3 convolutions with max pooling, batch normalisation and GELU,
 here of 32, 128 and 128 channels; SGD with 64 times the rate for biases, label smoothing 0.2, alternating flip, crops of
 2 reflected pixels, lookahead, a triangular schedule, batches of 1,024; six views of a picture at test time. Its epochs
-are 8 here, 9.9 in the original. It runs with what helps it here too: channels_last, device.tune(), and our precision.
+are 8 here, 9.9 in the original. `airbench` runs with what helps it here too: device.tune() and our precision;
+`airbench-plain` without, in float32, in a process of its own. Both are channels_last.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +34,7 @@ from device import PRECISIONS, autocast, memory_format, pick, pick_precision, se
 
 FAST = str(Path(__file__).parent.parent / "configs" / "fast.toml")
 SHORT = "--epochs 6"
-SIDES = ["tutorial", "airbench", "default", "fast", "fast-short"]
+SIDES = ["tutorial", "airbench-plain", "airbench", "default", "fast", "fast-short"]
 
 
 class Group(nn.Sequential):
@@ -189,6 +191,16 @@ def tutorial(sets: list[datasets.Pictures], number: int, epochs: int) -> list[tu
     return curve
 
 
+def airbench_plain(args: argparse.Namespace, number: int) -> list[tuple[float, float]]:
+    """The airbench design in a process of its own, where nothing of ours helps it."""
+    with tempfile.TemporaryDirectory() as folder:
+        curves, epochs = Path(folder, "curves.json"), str(args.epochs)
+        flags = ["--plain", "--only", "airbench", "--seeds", str(number), "--epochs", epochs, "--curves", str(curves)]
+        flags += ["--data", args.data, "--device", args.device, "--limit", str(args.limit)]
+        subprocess.run([sys.executable, __file__, *flags], check=True, stdout=subprocess.DEVNULL)
+        return json.loads(curves.read_text())["airbench"][0]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="cifar10 or a folder with its pictures")
@@ -201,26 +213,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--short", default=SHORT, help=f"flags of the shorter run of fast.toml (default: {SHORT})")
     parser.add_argument("--flags", default="", help="more flags for our runs of fast.toml, e.g. '--width 2'")
     parser.add_argument("--only", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--plain", action="store_true", help="the airbench side in float32, without device.tune()")
+    parser.add_argument("--limit", type=int, default=0, help="pictures a split; 0: all")
     parser.add_argument("--curves", type=Path, help="write accuracy over time here, as JSON")
     parser.add_argument("--quick", action="store_true", help="5,000 pictures, one epoch, one seed")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.epochs, args.short, args.tutorial_epochs = [0], 1, "--epochs 1", 1
+        args.seeds, args.epochs, args.short, args.tutorial_epochs, args.limit = [0], 1, "--epochs 1", 1, 5000
     return args
 
 
 def main() -> None:
     args = parse()
-    limit = 5000 if args.quick else 0
     device = pick(args.device)
-    tune(device)
-    sets = datasets.load(args.data, limit=limit, device=device)
-    common = ["--data", args.data, "--limit", str(limit), "--device", str(device), "--precision", args.precision]
+    if not args.plain:
+        tune(device)
+    sets = datasets.load(args.data, limit=args.limit, device=device)
+    common = ["--data", args.data, "--limit", str(args.limit), "--device", str(device), "--precision", args.precision]
     common += ["--epochs", "1"] if args.quick else []
     fast = ["--config", FAST, *common, *args.flags.split()]
-    race = Race(sets, device, pick_precision(args.precision, device))
+    race = Race(sets, device, pick_precision("fp32" if args.plain else args.precision, device))
     train_side = {
         "tutorial": lambda number: tutorial(sets, number, args.tutorial_epochs),
+        "airbench-plain": lambda number: airbench_plain(args, number),
         "airbench": lambda number: race.run(number, args.epochs, tuple(args.widths)),
         "default": lambda number: ours([*common, "--seed", str(number)]),
         "fast": lambda number: ours([*fast, "--seed", str(number)]),
@@ -232,11 +247,12 @@ def main() -> None:
             curves[name].append(train_side[name](number))
             seconds, accuracy = curves[name][-1][-1]
             print(f"seed {number}  {name}: {accuracy:.2%} in {seconds:.1f} s", flush=True)
-    reference = statistics.mean(curve[-1][0] for curve in curves.get("airbench", next(iter(curves.values()))))
+    took = {name: statistics.mean(curve[-1][0] for curve in found) for name, found in curves.items()}
     for name, found in curves.items():
-        accuracies, seconds = [curve[-1][1] for curve in found], statistics.mean(curve[-1][0] for curve in found)
+        accuracies = [curve[-1][1] for curve in found]
         result = f"{statistics.mean(accuracies):.2%} ({min(accuracies):.2%} to {max(accuracies):.2%})"
-        print(f"{name:10} {result}  {seconds:6.1f} s   ratio of times {seconds / reference:.2f}")
+        ratios = [f"{took[name] / took[other]:.2f} of {other}" for other in took if other.startswith("airbench")]
+        print(f"{name:15} {result}  {took[name]:6.1f} s   {', '.join(ratios)}")
     if args.curves:
         known = json.loads(args.curves.read_text()) if args.curves.exists() else {}
         args.curves.write_text(json.dumps(known | curves))

@@ -33,7 +33,7 @@ import train
 from device import PRECISIONS, autocast, memory_format, pick, pick_precision, seed, tune
 
 FAST = str(Path(__file__).parent.parent / "configs" / "fast.toml")
-SHORT = "--epochs 6"
+SHORT = "--epochs 7"
 SIDES = ["tutorial", "airbench-plain", "airbench", "default", "fast", "fast-short"]
 
 

@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, as_bytes, noisy
+from conftest import COLOURS, ROOT, as_bytes, noisy
 from PIL import Image
 
 import datasets
 import model
 import predict
+import train
 
 
 @pytest.fixture
@@ -215,6 +216,16 @@ def test_the_shipped_weights_serve_where_there_is_no_run(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "small.pt").write_bytes(b"")
     assert predict.newest_checkpoint(tmp_path / "logs") == tmp_path / "weights" / "small.pt"
+
+
+def test_the_shipped_weights_are_those_of_the_default_config():
+    path = ROOT / "weights" / "cifar_quick.pt"
+    network, checkpoint = model.load(path)
+    assert path.stat().st_size < 1e6 and sum(p.numel() for p in network.parameters()) == 145_770
+    assert checkpoint["classes"] == datasets.CIFAR10_CLASSES and checkpoint["metrics"]["test_accuracy"] > 0.8
+    wanted = vars(train.parse([]))
+    differ = {key for key, value in checkpoint["config"].items() if value != wanted[key]}
+    assert differ <= {"data", "image_size", "resize", "interpolation", "mean", "std", "run_name"}
 
 
 # ---- evaluation ----

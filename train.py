@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -327,10 +328,10 @@ class Muon(torch.optim.SGD):
                     continue
                 buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
                 buffer.mul_(group["momentum"]).add_(weight.grad)
-                step = weight.grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-                step = orthogonal(step.flatten(1).to(self.precision)).to(weight).view_as(weight)
-                long = max(1, len(weight) / weight[0].numel()) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"] * long)
+                update = weight.grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+                update = orthogonal(update.flatten(1).to(self.precision)).to(weight).view_as(weight)
+                lr = group["lr"] * max(1, len(weight) / weight[0].numel()) ** 0.5  # tall matrices have longer columns
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-lr)
 
 
 def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
@@ -427,9 +428,7 @@ def make_trainer(
             "weight_decay": config.weight_decay if is_matrix else 0.0,
             "orthogonal": orthogonal,
         }
-        for (of_head, is_matrix, orthogonal), parameters in sorted(
-            parts.items(), key=lambda part: part[0], reverse=True
-        )
+        for (of_head, is_matrix, orthogonal), parameters in sorted(parts.items(), key=itemgetter(0), reverse=True)
     ]
     settings = {"nesterov": config.nesterov, "fused": device.type in ("cpu", "cuda")}  # one pass over all weights
     if config.optimizer == "muon":

@@ -60,8 +60,9 @@ def sizing(checkpoint: dict) -> datasets.Sizing:
 
 
 def decode(names: list[str | Path], sizing: datasets.Sizing) -> Iterator[tuple[list, datasets.Decoded]]:
-    """Names and what was read of them, some at a time and in order; by one process a core if there are many files."""
-    workers = datasets.cores() if len(names) >= MANY and "-" not in names else 0
+    """Names and what was read of them, some at a time and in order; of many files by processes of their own, if there
+    are cores that the network leaves them: on two cores they would only be in each other's way."""
+    workers = datasets.cores() - 2 if len(names) >= MANY and "-" not in names and datasets.cores() >= 4 else 0
     # What workers hand over has to fit into 64 MB of shared memory (Docker's default).
     batch = max(1, min(BATCH, 2**23 // (sizing.side**2 * max(1, workers))))
     plan = [list(range(start, min(start + batch, len(names)))) for start in range(0, len(names), batch)]

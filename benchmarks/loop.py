@@ -81,7 +81,7 @@ def main() -> None:
     device = pick(config.device)
     precision = pick_precision(config.precision, device)
     tune(device)
-    train_set, test_set = datasets.load("shapes", device=device)
+    [train_set] = datasets.load("shapes", device=device, splits=["train"])
 
     def new_trainer() -> train.Trainer:
         options = train.network_options(config, len(train_set.classes))
@@ -109,22 +109,22 @@ def main() -> None:
 
     compare("training", {"ours": epoch, "bare": bare_steps}, rounds, device)
 
-    fixed, _ = next(test_set.batches(test_set.evaluation_batch))
+    fixed, _ = next(train_set.batches(train_set.evaluation_batch))
     looks = {"none": 1, "mirror": 2, "shift": 6}[config.tta]
 
     @torch.inference_mode()
     def bare_forward() -> int:
         bare.network.eval()
         with autocast(device, precision):
-            for _ in range(looks * len(test_set) // len(fixed)):
+            for _ in range(looks * len(train_set) // len(fixed)):
                 bare.network(fixed)
-        return len(test_set)
+        return len(train_set)
 
     def evaluation() -> int:
-        train.evaluate(ours, test_set, config)
-        return len(test_set)
+        train.evaluate(ours, train_set, config)
+        return len(train_set)
 
-    compare("evaluation", {"ours": evaluation, "bare": bare_forward}, 3 * rounds, device)
+    compare("evaluation", {"ours": evaluation, "bare": bare_forward}, rounds, device)
 
     found = []
     for _ in range(2 if args.quick else 5):

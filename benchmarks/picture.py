@@ -10,7 +10,7 @@ import sys
 from html import escape
 from pathlib import Path
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 420, 60, 50, 20, 20
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 490, 60, 120, 20, 20
 COLOURS = ["#00224e", "#c44536", "#2a9d8f", "#e9a100", "#7b2d8b", "#707173"]
 TITLES = {
     "tutorial": "the tutorial's loop",
@@ -54,15 +54,16 @@ def draw(curves: dict[str, list]) -> str:
     for seconds in (place for place in SECONDS if first <= math.log(place) <= last):
         parts.append(f'<path d="M{x(seconds):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#ddd"/>')
         parts.append(text(x(seconds), HEIGHT - BOTTOM + 18, f"{seconds} s"))
-    parts.append(text((LEFT + WIDTH) / 2, HEIGHT - 10, "seconds of training (logarithmic)"))
+    parts.append(text((LEFT + WIDTH) / 2, HEIGHT - BOTTOM + 38, "seconds of training (logarithmic)"))
     for place, (name, line) in enumerate(lines.items()):
         colour = COLOURS[place % len(COLOURS)]
         path = "L".join(f"{x(seconds):.1f} {y(share):.1f}" for seconds, share in line)
         parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
         parts += [f'<circle cx="{x(s):.1f}" cy="{y(share):.1f}" r="3" fill="{colour}"/>' for s, share in line]
-        down = HEIGHT - BOTTOM - 20 * (len(lines) - place)
-        parts.append(f'<path d="M{WIDTH - 330} {down}h24" stroke="{colour}" stroke-width="3"/>')
-        parts.append(text(WIDTH - 298, down + 4, f"{TITLES.get(name, name)}: {line[-1][1]:.1%} in {line[-1][0]:.0f} s", "start"))
+        across, down = LEFT + (WIDTH - LEFT) / 2 * (place % 2), HEIGHT - BOTTOM + 62 + 20 * (place // 2)
+        parts.append(f'<path d="M{across} {down}h24" stroke="{colour}" stroke-width="3"/>')
+        words = f"{TITLES.get(name, name)}: {line[-1][1]:.1%} in {line[-1][0]:.0f} s"
+        parts.append(text(across + 32, down + 4, words, "start"))
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 import datasets
 import model
+import predict
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,18 +84,11 @@ def main() -> None:
         network, checkpoint = model.load(args.checkpoint)
         times = collections.defaultdict(list)
         for _ in range(rounds):
-            with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+            with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):  # all in this process
                 times["plain loop"].append(seconds(lambda: plain_loop(paths, network, checkpoint)))
                 for name, flags in (("predict.py --tta none", ["--tta", "none"]), ("predict.py", [])):
-                    call = [
-                        sys.executable,
-                        str(ROOT / "predict.py"),
-                        folder,
-                        *flags,
-                        "--checkpoint",
-                        str(args.checkpoint),
-                    ]
-                    times[name].append(seconds(lambda call=call: subprocess.run(call, check=True, capture_output=True)))
+                    call = [folder, *flags, "--checkpoint", str(args.checkpoint)]
+                    times[name].append(seconds(lambda call=call: predict.main(call)))
     plain = statistics.median(times["plain loop"])
     for name, found in times.items():
         took = statistics.median(found)

@@ -62,6 +62,7 @@ def test_folders_are_searched_and_the_order_is_kept(ask, pictures):
 def test_many_pictures_in_several_batches_get_their_own_answers(ask, tmp_path, monkeypatch, many):
     monkeypatch.setattr(predict, "BATCH", 4)
     monkeypatch.setattr(predict, "MANY", many)
+    monkeypatch.setattr(datasets, "cores", lambda: 4)
     names = [list(COLOURS)[k % 3] for k in range(11)]
     for number, name in enumerate(names):
         noisy(COLOURS[name], 200 + number).save(tmp_path / f"{number:02}.png")

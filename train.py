@@ -326,7 +326,9 @@ class Muon(torch.optim.SGD):
             for weight in group["params"] if group["orthogonal"] else ():
                 if weight.grad is None:
                     continue
-                buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                if weight not in self.state:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                buffer = self.state[weight]["momentum_buffer"]
                 buffer.mul_(group["momentum"]).add_(weight.grad)
                 update = weight.grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
                 update = orthogonal(update.flatten(1).to(self.precision)).to(weight).view_as(weight)

@@ -14,16 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from loop import NoWriter
 
 import datasets
 import model
 import train
 from device import memory_format, pick, pick_precision, tune
-
-
-class NoWriter:
-    def add_scalar(self, *_: object) -> None:
-        pass
 
 
 def resident() -> float:

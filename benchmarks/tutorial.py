@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torchvision
+from loop import NoWriter
 from torch import nn
 
 import datasets
@@ -73,11 +74,6 @@ class Tutorial:
         loader = torch.utils.data.DataLoader(InMemory(pictures), batch_size=64)
         guesses = torch.cat([self.network(images.to(self.device)).argmax(1) for images, _ in loader])
         return (guesses == pictures.labels).float().mean().item()
-
-
-class NoWriter:
-    def add_scalar(self, *_: object) -> None:
-        pass
 
 
 def ours(pictures: datasets.Pictures, precision: str) -> Callable[[int], object]:

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import pickle
+import signal
 import struct
 import sys
 import tarfile
@@ -51,9 +52,17 @@ DRAWS = 13  # random numbers a picture, one for each thing that Augment decides
 class DataError(ValueError):
     """A data set that cannot be used; the message names the file or folder and what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
 
 class LimitError(DataError):
     """`limit` or `val_fraction` leaves too few pictures."""
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped: names of strangers' files must not steer the terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 # ---- augmentation --------------------------------------------------------------------------------------------------
@@ -222,10 +231,11 @@ class Pictures:
         seed: int = 0,
         epoch: int = 0,
         keep: Tensor | None = None,
+        skip: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Every picture once, as normalised float images `(B, 3, H, H)` and int64 labels `(B,)` on the device.
 
-        With `keep`, bool `(N,)`, only the pictures that are kept.
+        With `keep`, bool `(N,)`, only the pictures that are kept; without the first `skip` batches.
 
         Order and augmentation depend on `(seed, epoch)` and the place in the epoch alone (mirroring on the place in the
         set); they are drawn on the CPU, so that every device gets the same.
@@ -237,7 +247,7 @@ class Pictures:
         draws, fill = draws.to(device), torch.tensor(self.mean, device=device).mul(255).round().byte().view(1, 3, 1, 1)
         # Interpolation rounds differently in larger batches, by a hair; what comes out must not depend on `ahead`.
         interpolates = augment is not None and (augment.jitter or augment.resized_crop)
-        parts, at_once = cuts(len(order), batch_size), 1 if interpolates else max(1, self.ahead // batch_size)
+        parts, at_once = cuts(len(order), batch_size)[skip:], 1 if interpolates else max(1, self.ahead // batch_size)
         chunks = [parts[place : place + at_once] for place in range(0, len(parts), at_once)]
         wholes = [slice(chunk[0].start, chunk[-1].stop) for chunk in chunks]
         chosen = [order[whole] for whole in wholes]
@@ -357,10 +367,11 @@ class Features(Pictures):
         seed: int = 0,
         epoch: int = 0,
         keep: Tensor | None = None,
+        skip: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Every picture's features once, `(B, ...)`, and int64 labels `(B,)`, in the order of the pictures' batches."""
         order = self.order(shuffle, seed, epoch, keep)[0].to(self.labels.device)
-        for part in cuts(len(order), batch_size):
+        for part in cuts(len(order), batch_size)[skip:]:
             yield self.images[order[part]], self.labels[order[part]]
 
 
@@ -562,9 +573,16 @@ def decoder(
         batch_size=None,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own, so that the network's random stream is the same without it
     )
+
+
+def ignore_signals(_: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach the workers too, to the process that they work for: it ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def cores() -> int:
@@ -751,6 +769,8 @@ def list_pictures(root: Path) -> list[str]:
 def class_names(part: Path, files: list[tuple[str, str]], least: int = 2) -> list[str]:
     """The classes of these files, sorted; raises DataError when there is nothing to tell apart."""
     classes = sorted({name for _, name in files})
+    if strange := [name for name in classes if not name.isprintable()]:
+        raise DataError(f"{part}: class {strange[0]!r} has control characters in its name; rename its folder")
     if len(classes) < least:
         found = f"one class alone, {classes[0]!r}" if classes else "no class folders with pictures"
         raise DataError(f"{part}: {found}; a classifier needs at least 2")
@@ -842,7 +862,7 @@ def report_bad(pictures: Pictures, strict: bool, most: int = 20) -> None:
         more = f" (and {len(lines) - 1} more bad files)" if len(lines) > 1 else ""
         raise DataError(f"{lines[0]}{more}")
     for line in lines[:most]:
-        print(f"left out: {line}", file=sys.stderr)
+        print(f"left out: {printable(line)}", file=sys.stderr)
     if len(lines) > most:
         print(f"left out: {len(lines) - most} more files", file=sys.stderr)
     counts = torch.bincount(pictures.labels.cpu(), minlength=len(pictures.classes)).tolist()
@@ -1078,7 +1098,7 @@ def describe(sets: list[Pictures]) -> str:
     share = f"{taken / 1e6:,.1f} MB, {taken / (free_memory(sets[0].labels.device) + taken):.1%} of what is free"
     lines.append(f"memory    {share if taken else 'streamed from the files: they do not fit'}")
     copies = duplicates(*sets)
-    example = f", first {' = '.join(copies[0])}" if copies else ""
+    example = f", first {printable(' = '.join(copies[0]))}" if copies else ""
     lines.append(f"copies    {len(copies)} {sets[1].split} pictures are in {sets[0].split} too{example}\n")
     for name, values in (("mean", sets[0].mean), ("std", sets[0].std)):
         lines.append(f"{name} = [{', '.join(f'{value:.4f}' for value in values)}]")
@@ -1153,7 +1173,9 @@ def main(argv: list[str] | None = None) -> None:
     except LimitError as error:
         parser.error(str(error))
     except (DataError, OSError) as error:
-        sys.exit(f"datasets.py: {f'{error.filename}: {error.strerror}' if isinstance(error, OSError) else error}")
+        sys.exit(
+            f"datasets.py: {printable(f'{error.filename}: {error.strerror}') if isinstance(error, OSError) else error}"
+        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import sys
 import typing
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -30,17 +31,23 @@ from torch import Tensor, nn
 FORMAT = 2  # of a checkpoint; grows when an older reader could misread a newer file
 CONTENT = {"format": int, "model": dict, "classes": list, "image_size": int, "resize": int, "interpolation": str}
 CONTENT |= {"mean": list, "std": list, "state_dict": dict, "epoch": int, "metrics": dict, "config": dict}
+LARGEST_SIDE, LARGEST_WIDTH, MOST_OUTPUTS = 4096, 64, 10**6  # what a file may ask for: bounds time and memory
 
 ACTIVATIONS = {"none": lambda: None, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "sigmoid": nn.Sigmoid}
 STEMS = ("standard", "small")
 LOSSES = ("cross_entropy", "mse", "l1")
 INTERPOLATIONS = ("bilinear", "bicubic")
 TTA = ("none", "mirror", "shift")
+CHECKSUM_BYTES = 8  # of a file's comment: CRC-32 in hexadecimal digits
+LARGEST_PICKLE = 2**24  # bytes of a checkpoint's values other than tensors
 AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary classifiers (Szegedy et al. 2014, arxiv.org/abs/1409.4842, part 5)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the reason."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class NetworkError(ValueError):
@@ -203,6 +210,11 @@ def unknown(name: str) -> str | None:
         return None
     known = [*NETWORKS, *torchvision_names()]
     return None if name in known else f"no network {name!r}; python model.py --list has all{suggestion(name, known)}"
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped: a stranger's names must not steer the terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -556,9 +568,19 @@ def save(path: Path, checkpoint: dict) -> None:
 
     Raises OSError when the disk refuses; what was at `path` before is then still there.
     """
-    content = io.BytesIO()  # torch.save hides a full disk's OSError behind an error of its own
-    torch.save(checkpoint, content)
-    write(path, content.getbuffer())
+    write(path, packed(checkpoint))
+
+
+def packed(checkpoint: dict) -> bytes:
+    """A checkpoint as the bytes of a file: torch's zip archive, whose comment is a checksum of all before it.
+
+    The checksums inside cover the weights alone, and torch.load looks at none.
+    """
+    file = io.BytesIO()  # torch.save hides a full disk's OSError behind an error of its own
+    torch.save(checkpoint, file)
+    content = file.getbuffer()
+    content[-2:] = CHECKSUM_BYTES.to_bytes(2, "little")  # the comment's length, so far 0
+    return b"%b%08x" % (content, zlib.crc32(content))
 
 
 def write(path: Path, content: bytes | memoryview) -> None:
@@ -592,6 +614,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
             answer = network(torch.zeros(1, 3, checkpoint["image_size"], checkpoint["image_size"], device=device))
         if answer.shape != (1, len(checkpoint["classes"])):
             raise ValueError(f"{len(checkpoint['classes'])} classes, but {answer.shape[-1]} outputs")
+        if not answer.isfinite().all():
+            raise ValueError("its answers are not finite numbers")
     except Exception as error:  # a stranger's file can hold anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path}: its weights and its network do not fit: {reason}") from error
@@ -605,51 +629,101 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            check_bytes(path)
         checkpoint = torch.load(path, map_location=device, weights_only=True) if is_zip else None
+        if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+            problem = "not a whole checkpoint of train.py"
+        elif checkpoint["format"] not in range(1, FORMAT + 1):
+            problem = f"checkpoint format {checkpoint['format']!r:.40}; this version reads 1 to {FORMAT}"
+        else:
+            if checkpoint["format"] == 1:  # pictures were never resized further than to `image_size`
+                checkpoint = {"resize": checkpoint.get("image_size"), "interpolation": "bilinear"} | checkpoint
+            problem = bad_content(checkpoint)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        problem = f"cannot be read: {error.strerror or error}"
     except Exception as error:  # torch raises many kinds for damaged files
         if "weights_only" in str(error) or "Weights only" in str(error):
-            problem = "holds Python objects, which could run code; it was not loaded"
+            problem = "the file holds Python objects, which could run code; it was not loaded"
         else:
-            problem = "is damaged or cut short"
-        raise CheckpointError(f"{path}: the file {problem}") from error
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise CheckpointError(f"{path}: not a whole checkpoint of train.py")
-    if checkpoint["format"] == 1:  # pictures were never resized further than to `image_size`
-        checkpoint = {"resize": checkpoint.get("image_size"), "interpolation": "bilinear"} | checkpoint
-    elif checkpoint["format"] != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']!r}; this version reads 1 to {FORMAT}")
-    if problem := bad_content(checkpoint):
-        raise CheckpointError(f"{path}: the checkpoint's {problem}")
+            problem = "the file is damaged or cut short"
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
     return checkpoint
+
+
+def check_bytes(path: Path) -> None:
+    """Raise ValueError or BadZipFile unless all bytes are as they were written, and reading them takes no more memory
+    than the file is large."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("compressed")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("larger inside than outside")
+        if max(entry.file_size for entry in entries if entry.filename.endswith(".pkl")) > LARGEST_PICKLE:
+            raise ValueError("too many values")
+        if not archive.comment:  # of a version that wrote no checksum over the whole file
+            if archive.testzip() is not None:
+                raise ValueError("altered")
+            return
+        left, checksum = path.stat().st_size - CHECKSUM_BYTES, 0
+        while part := file.read(min(left, 2**20)):
+            left, checksum = left - len(part), zlib.crc32(part, checksum)
+        if archive.comment != b"%08x" % checksum:
+            raise ValueError("altered")
 
 
 def bad_content(checkpoint: dict) -> str | None:
     """What is wrong with a checkpoint's content, in words; None when nothing is."""
     for key, kind in CONTENT.items():
         if not isinstance(checkpoint.get(key), kind):
-            return f"{key!r} is missing or not of type {kind.__name__}"
+            return f"the checkpoint's {key!r} is missing or not of type {kind.__name__}"
     name, options = (checkpoint["model"].get(key) for key in ("name", "options"))
-    weights = checkpoint["state_dict"].items()
-    if not (isinstance(name, str) and isinstance(options, dict)) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights
-    ):
-        return "'model' or 'state_dict' holds something else"
+    if not (isinstance(name, str) and isinstance(options, dict) and is_state_dict(checkpoint["state_dict"])):
+        return "the checkpoint's 'model' or 'state_dict' holds something else"
+    if not all(map(is_plain, [checkpoint["metrics"], checkpoint["config"], options])):
+        return "the checkpoint's options, metrics or config are not plain values"
+    if not all(isinstance(name, str) and name.isprintable() for name in checkpoint["classes"]):
+        return "the checkpoint's class names are not all printable"
     numbers = [*checkpoint["mean"], *checkpoint["std"]]
     if (
         len(checkpoint["mean"]) != 3
         or len(checkpoint["std"]) != 3
         or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
         or min(checkpoint["std"]) <= 0
-        or not all(isinstance(name, str) for name in checkpoint["classes"])
-        or not 1 <= checkpoint["image_size"] <= checkpoint["resize"] <= 4096
+        or not 1 <= checkpoint["image_size"] <= checkpoint["resize"] <= LARGEST_SIDE
         or checkpoint["interpolation"] not in INTERPOLATIONS
         or checkpoint["config"].get("loss", LOSSES[0]) not in LOSSES
         or checkpoint["config"].get("tta", TTA[0]) not in TTA
+        or not all(1 <= options.get(key, 1) <= MOST_OUTPUTS for key in ("append", "classes"))
+        or not 1 <= options.get("image_size", 1) <= LARGEST_SIDE
+        or not 0 < options.get("width", 1) <= LARGEST_WIDTH
     ):
-        return "classes, sizes, mean, std or config hold impossible values"
+        return "the checkpoint's classes, sizes, options, mean, std or config hold impossible values"
     return None
+
+
+def is_state_dict(values: dict) -> bool:
+    """Whether these are tensors by name, each with all of its numbers in the file: a view could repeat one for ever."""
+    return all(
+        isinstance(name, str)
+        and type(value) in (Tensor, nn.Parameter)
+        and value.layout == torch.strided
+        and not (value.is_quantized or value.is_meta)
+        and value.nbytes <= value.untyped_storage().nbytes()
+        for name, value in values.items()
+    )
+
+
+def is_plain(values: dict) -> bool:
+    """Whether these are numbers, words, or short lists of them, by name."""
+    return all(
+        isinstance(name, str)
+        and isinstance(value, bool | int | float | str | list | tuple)
+        and not (isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value))
+        for name, value in values.items()
+    )
 
 
 # ---- looking at networks -------------------------------------------------------------------------------------------
@@ -748,7 +822,7 @@ def describe(path: str | Path) -> str:
     lines = [f"{name:9} {what}" for name, what in rows.items()]
     for name in ("metrics", "config"):
         lines += ["", name, *(f"    {key} = {json.dumps(value)}" for key, value in checkpoint[name].items())]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def write_graph(writer, network: nn.Module, images: Tensor) -> None:

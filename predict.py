@@ -99,7 +99,7 @@ def answers(
             _, reason = next(reasons)
             if name != "-" and Path(name).is_dir():
                 reason = "no pictures in this folder"
-            print(f"predict.py: {name}: {reason}", file=sys.stderr)
+            print(f"predict.py: {datasets.printable(f'{name}: {reason}')}", file=sys.stderr)
             yield name, None, picture
 
 
@@ -114,7 +114,7 @@ def explain(
     file = io.BytesIO()
     Image.fromarray(views.explained(picture, heat, *map(list, zip(*top, strict=True)))).save(file, "PNG")
     model.write(path, file.getvalue())
-    print(f"explained: {path}", file=sys.stderr)
+    print(f"explained: {datasets.printable(str(path))}", file=sys.stderr)
 
 
 def explaining(answered: Iterator, network: nn.Module, checkpoint: dict) -> Iterator:
@@ -139,12 +139,20 @@ def report(answered: Iterator, top_k: int, form: str) -> int:
             continue
         if form == "json":
             guesses = [{"class": guess, "probability": round(share, 6)} for guess, share in top]
-            print(json.dumps({"file": str(name), "classes": guesses}, ensure_ascii=False))
+            text = json.dumps({"file": str(name), "classes": guesses}, ensure_ascii=False)
+            print(text if text.isprintable() else json.dumps({"file": str(name), "classes": guesses}))
         elif form == "csv":
-            table.writerow([name] + [cell for guess, share in top for cell in (guess, f"{share:.6f}")])
+            table.writerow([cell(str(name))] + [part for guess, share in top for part in (cell(guess), f"{share:.6f}")])
         else:
-            print("  ".join([str(name)] + [f"{guess} {share:.1%}" for guess, share in top]))
+            print("  ".join([datasets.printable(str(name))] + [f"{guess} {share:.1%}" for guess, share in top]))
     return int(failed)
+
+
+def cell(text: str) -> str:
+    """Text for a table: what a spreadsheet would take for a formula begins with an apostrophe, which tells it not to
+    (owasp.org/www-community/attacks/CSV_Injection)."""
+    text = datasets.printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and text != "-" else text
 
 
 def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, device: torch.device) -> dict:
@@ -245,7 +253,7 @@ def cli(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (model.CheckpointError, datasets.DataError, OSError) as error:
-        print(f"predict.py: {error}", file=sys.stderr)
+        print(f"predict.py: {datasets.printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -4,11 +4,16 @@
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -17,6 +22,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import datasets
@@ -27,6 +33,10 @@ from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, TTA, sug
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
+INTERRUPTED = "interrupted.pt"  # the checkpoint in the middle of an epoch
+LOCK, LOCK_SECONDS = "run.lock", 6  # workers of a killed process notice that within 5 seconds
+LATER = {"data_dir", "data_url", "epochs"}  # and settings of the machine and the run can change in a resumed run
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\xb9\xb2\xb3]|conin\$|conout\$)([. ].*)?", re.IGNORECASE)
 
 
 class ConfigError(ValueError):
@@ -35,6 +45,10 @@ class ConfigError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM asked for an end."""
 
 
 WRONG_CALL = (ConfigError, DeviceError, datasets.LimitError, model.NetworkError)  # exit status 2; all else is 1
@@ -54,6 +68,14 @@ def bad_freeze(value: str) -> str | None:
         if value == "all" or re.fullmatch("0|[1-9][0-9]*", value, re.ASCII)
         else f"{value!r} is neither a number of stages nor all"
     )
+
+
+def bad_folder(value: str) -> str | None:
+    """Why no folder can have this name: it would lie elsewhere, or Windows has no such names; None when one can."""
+    usable = value.isprintable() and not set(value) & set('<>:"/\\|?*') and len(value.encode()) <= 200
+    if not value or (usable and value[-1] not in ". " and not RESERVED.fullmatch(value)):
+        return None
+    return f"{value!r:.80} cannot be a folder's name on every system, without a path"
 
 
 @dataclass(frozen=True)
@@ -136,9 +158,12 @@ class Config:
         above=0,
         at_most=1,
     )
+    clip_grad: float = setting("recipe", 0.0, "shorten gradients that are longer than this; 0: never", at_least=0)
     tta: str = setting(
         "recipe", "none", "test-time augmentation: look at mirror images, or also at shifted ones", choices=TTA
     )
+
+    seed: int = setting("recipe", 0, "of initialisation, order and augmentation", at_least=0, at_most=2**63 - 1)
 
     device: str = setting("machine", "auto", "auto, cpu, cuda, cuda:1 or mps")
     precision: str = setting("machine", "auto", "of the forward pass", choices=("auto", "fp32", "bf16", "fp16"))
@@ -147,41 +172,61 @@ class Config:
         "machine", 0.4, "share of free memory that pictures may take; more are streamed", at_least=0, at_most=1
     )
     compile: bool = setting("machine", False, "torch.compile: slow to start, faster on GPUs")
+    deterministic: bool = setting("machine", False, "the same bits each time, on GPUs too; slower there")
 
-    seed: int = setting("run", 0, "of initialisation, order and augmentation", at_least=0, at_most=2**63 - 1)
     log_dir: str = setting("run", "logs", "where run folders live")
     views: bool = setting("run", True, "pictures and a PR curve a class in TensorBoard, beside the scalars")
     view_every: int = setting("run", 0, "epochs between two sets of pictures; 0: ten times in the run", at_least=0)
     histograms: bool = setting("run", False, "views: how weights and gradients are distributed")
     embedding: bool = setting("run", False, "views: 1,000 test pictures in the projector, by the last hidden layer")
-    run_name: str = setting("run", "", "the run's folder; date, time and network if not given")
+    run_name: str = setting("run", "", "the run's folder; date, time and network if not given", check=bad_folder)
+    keep: int = setting("run", 0, "checkpoints to keep beside best.pt, the newest; 0: all", at_least=0)
+    patience: int = setting("run", 0, "stop when the best epoch is so many epochs ago; 0: never", at_least=0)
+    time_limit: float = setting(
+        "run", 0.0, "end in less than so many minutes, the schedule with it; 0: no limit", at_least=0, metavar="MINUTES"
+    )
 
 
-def parse(argv: list[str] | None) -> Config:
-    """The config file's settings, overruled by the flags; a wrong one ends the program with one line and status 2."""
+def parse(argv: list[str] | None) -> "tuple[Config, Run]":
+    """The config file's settings, overruled by the flags; with `--resume` those of that run. And the run.
+
+    A wrong one ends the program with one line and status 2.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default=DEFAULT_CONFIG, help="TOML file with the defaults of all other flags")
+    first.add_argument("--config", type=Path, help=f"TOML file with other defaults than {DEFAULT_CONFIG.name}'s")
+    first.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="go on with this run, or the newest unfinished one"
+    )
     parser = argparse.ArgumentParser(
         description=__doc__,
-        usage="python train.py [--config FILE] [--KEY VALUE ...]",
+        usage="python train.py [--config FILE | --resume [RUN]] [--KEY VALUE ...]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         parents=[first],
         allow_abbrev=False,
     )
-    first.error = parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
+    first.error = parser.error = lambda message: parser.exit(2, f"train.py: {model.printable(message)}\n")
     try:
-        defaults = read_config(Path(first.parse_known_args(argv)[0].config))
-        add_flags(parser, defaults)
-        args, unknown = parser.parse_known_args(argv)
+        config, run = read_config(first.parse_known_args(argv)[0].config or DEFAULT_CONFIG), Run()
+        add_flags(parser, config)
+        not_given = argparse.Namespace(**dict.fromkeys(Config.__dataclass_fields__))
+        args, unknown = parser.parse_known_args(argv, not_given)
         if unknown:
             flags = [flag for action in parser._actions for flag in action.option_strings]
             raise ConfigError(f"unknown flag {unknown[0]}{suggestion(unknown[0].partition('=')[0], flags)}")
-        values = {key.name: getattr(args, key.name) for key in fields(Config)}
-        config = checked(values, lambda name: f"--{name.replace('_', '-')}")
-        check_together(config)
-    except ConfigError as error:
+        given = {name: value for name in Config.__dataclass_fields__ if (value := getattr(args, name)) is not None}
+        given = checked(given, flag)
+        if args.resume is not None and args.config:
+            raise ConfigError("--config: a resumed run has its own; give --resume without it")
+        if args.resume is not None:
+            reopen(run, find_run(args.resume, given.get("log_dir", config.log_dir), given.get("epochs", 0)))
+        config = resumed_config(run, given) if run.folder else replace(config, **given)
+        check_together(config, new=not run.folder)
+    except (ConfigError, model.CheckpointError) as error:
+        run.__exit__(None, None, None)
+        if isinstance(error, model.CheckpointError):
+            raise
         parser.error(str(error))
-    return config
+    return config, run
 
 
 def read_config(path: Path) -> Config:
@@ -195,18 +240,22 @@ def read_config(path: Path) -> Config:
     for name in content:
         if name not in Config.__dataclass_fields__:
             raise ConfigError(f"{path}: unknown key {name!r}{suggestion(name, Config.__dataclass_fields__)}")
-    return checked(content, lambda name: f"{path}: {name}")
+    return Config(**checked(content, lambda name: f"{path}: {name}"))
 
 
-def checked(values: dict, called: Callable[[str], str]) -> Config:
-    """A Config of these values; raises ConfigError for an impossible one, by the name that the user `called` it."""
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def checked(values: dict, called: Callable[[str], str]) -> dict:
+    """These values for a Config; raises ConfigError for an impossible one, by the name that the user `called` it."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if type(values.get("freeze")) is int:  # `freeze = 2` is what one writes into a file
         values["freeze"] = str(values["freeze"])
     for key in fields(Config):
         if key.name in values and (trouble := problem(key, values[key.name])):
             raise ConfigError(f"{called(key.name)}: {trouble}")
-    return Config(**values)
+    return values
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
@@ -220,8 +269,8 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
             how = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
         else:
             how = {"type": key.type, "choices": key.metadata.get("choices"), "metavar": key.metadata.get("metavar")}
-        flag, default = "--" + key.name.replace("_", "-"), getattr(defaults, key.name)
-        groups[key.metadata["group"]].add_argument(flag, default=default, help=key.metadata["help"], **how)
+        how |= {"default": getattr(defaults, key.name), "help": key.metadata["help"]}
+        groups[key.metadata["group"]].add_argument(flag(key.name), **how)
 
 
 def problem(key: Field, value: object) -> str | None:
@@ -248,7 +297,7 @@ def problem(key: Field, value: object) -> str | None:
     return None
 
 
-def check_together(config: Config) -> None:
+def check_together(config: Config, new: bool = True) -> None:
     """Raises ConfigError for settings that are right alone and wrong together."""
     if bool(config.mean) != bool(config.std):
         raise ConfigError("--mean and --std: give both or neither")
@@ -262,10 +311,10 @@ def check_together(config: Config) -> None:
         raise ConfigError("--backbone-lr: with --freeze all nothing but the head trains; add --backbone-lr 0")
     if config.model in NETWORKS and config.batch_norm and config.batch_size == 1 and config.freeze != "all":
         raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
-    if config.run_name != Path(config.run_name).name or config.run_name == "..":
-        raise ConfigError(f"--run-name {config.run_name}: a folder's name is wanted, without a path")
-    if config.run_name and (Path(config.log_dir) / config.run_name).exists():
-        raise ConfigError(f"--run-name {config.run_name}: {Path(config.log_dir) / config.run_name} exists already")
+    folder = Path(config.log_dir) / config.run_name
+    if new and config.run_name and folder.exists():
+        hint = f"; --resume {quoted(folder)} goes on with it" if (folder / "config.toml").exists() else ""
+        raise ConfigError(f"--run-name {config.run_name}: {folder} exists already{hint}")
 
 
 def resolve(config: Config) -> tuple[Config, dict | None]:
@@ -294,10 +343,16 @@ def resolve(config: Config) -> tuple[Config, dict | None]:
     return config, trained
 
 
-def as_toml(config: Config) -> str:
-    """The config as a file that `--config` reads; without the run's name, so that it can be run again."""
+def stored(config: Config) -> dict:
+    """The config as plain values; without the run's name, so that it can be run again."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     del values["run_name"]
+    return values
+
+
+def as_toml(config: Config) -> str:
+    """The config as a file that `--config` reads."""
+    values = stored(config)
     return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
 
 
@@ -351,6 +406,62 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
 
 
 @dataclass
+class Clock:
+    """The seconds that a run has taken, in all of its sittings, and may take."""
+
+    limit: float = math.inf
+    before: float = 0.0  # in earlier sittings
+    begun: float | None = None  # when training began
+    ending: float = 0.0  # from the last step to the end of the run, about
+    started: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    def share(self) -> float:
+        """How much of the time for training is over; 0 where there is no limit."""
+        self.begun = self.seconds() if self.begun is None else self.begun
+        return min(1.0, (self.seconds() - self.begun) / max(1e-9, self.limit - self.ending - self.begun))
+
+    def is_over(self) -> bool:
+        """Whether there is only time left to evaluate and save."""
+        return self.seconds() + 1.2 * self.ending + 2 > self.limit
+
+
+@dataclass
+class Sums:
+    """What the steps of an epoch add up to so far: what an interrupted one needs to go on, beside the weights."""
+
+    correct: Tensor  # int64, on the device
+    shares: Tensor | None = None  # what Trainer.shares will be after the epoch
+    step: int = 0
+    pictures: int = 0
+    loss: float = 0.0  # over all pictures
+    logged_loss: float = 0.0  # up to the last point of the curve
+    logged_pictures: int = 0
+    lr: float = 0.0  # of the last step
+    seconds: float = 0.0
+
+    def add_losses(self, losses: list[tuple[Tensor, float]], parts: list[slice], order: Tensor, epoch: int) -> None:
+        """Add the mean losses of the last steps, each with its learning rate, which waits for the device.
+
+        Raises TrainingError where one is not finite; `parts` are the places in `order` of the epoch's batches.
+        """
+        first = self.step - len(losses)
+        values = torch.stack([loss for loss, _ in losses]).tolist()
+        for step, (value, (_, lr)) in enumerate(zip(values, losses, strict=True), first):
+            if not math.isfinite(value):
+                numbers = order[parts[step]].tolist()
+                more = f" and {len(numbers) - 16} more" if len(numbers) > 16 else ""
+                raise TrainingError(
+                    f"the loss is {value} in epoch {epoch}, step {step + 1} (lr {lr:.4g}, training pictures number "
+                    f"{', '.join(map(str, numbers[:16]))}{more}); try a lower --lr, or --clip-grad 1"
+                )
+            self.loss += value * (parts[step].stop - parts[step].start)
+        losses.clear()
+
+
+@dataclass
 class Trainer:
     """What a training step needs: the network, and what changes it."""
 
@@ -362,7 +473,10 @@ class Trainer:
     scaler: torch.amp.GradScaler  # does nothing but in fp16
     device: torch.device
     precision: torch.dtype
+    clock: Clock
     shares: Tensor | None = None  # given to the right class of every training picture, when it was last seen
+    sums: Sums | None = None  # of the epoch in progress
+    norm: Tensor | None = None  # of the last step's gradient, before it was shortened
 
     def step(self, images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
         """One step of SGD on a batch; returns its mean loss and its logits, without waiting for the device.
@@ -378,6 +492,9 @@ class Trainer:
                     others, labels, config.loss, config.label_smoothing
                 )
         self.scaler.scale(total).backward()
+        if config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            self.norm = torch.nn.utils.clip_grad_norm_(self.trains.parameters(), config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
@@ -385,15 +502,32 @@ class Trainer:
 
     def gradient_norm(self) -> float:
         """The length of the last step's gradient, over all that trains."""
+        if self.norm is not None:
+            return self.norm.item()
         return torch.nn.utils.get_total_norm([p.grad for p in self.trains.parameters() if p.grad is not None]).item()
 
     def state_dict(self) -> dict:
         """What resuming needs beside the weights."""
         parts = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()} | {"shares": self.shares}
+        state = {name: part.state_dict() for name, part in parts.items()} | {"shares": self.shares}
+        clock = {"before": self.clock.seconds(), "begun": self.clock.begun}
+        return state | {"sums": asdict(self.sums) if self.sums else None, "clock": clock}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from there, at the learning rate that the schedule, perhaps a longer one now, has for that step."""
+        self.clock.before, self.clock.begun = state["clock"]["before"], state["clock"]["begun"]
+        for part in ("optimizer", "schedule", "scaler"):
+            if state[part]:  # a scaler that does nothing has no state
+                getattr(self, part).load_state_dict(state[part])
+        shares = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        lrs = [base * share(self.schedule.last_epoch) for base, share in shares]
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        self.schedule._last_lr = lrs
+        self.sums, self.shares = Sums(**state["sums"]) if state["sums"] else None, state["shares"]
 
 
-def learning_rate(config: Config, steps: int, step: int) -> float:
+def learning_rate(config: Config, steps: int, step: float) -> float:
     """The share of `config.lr` to use at `step` of `steps`.
 
     `onecycle` climbs for a fifth of the run and falls for the rest, both in a straight line (after Smith 2018,
@@ -415,8 +549,12 @@ def make_trainer(
     precision: torch.dtype,
     head: Collection[str] = (),
     trains: nn.Module | None = None,
+    clock: Clock | None = None,
 ) -> Trainer:
-    """The optimizer and its schedule for a run of `steps` steps; `head` names the weights that `backbone_lr` leaves."""
+    """The optimizer and its schedule for a run of `steps` steps, or as long as the clock's limit lets it run.
+
+    `head` names the weights that `backbone_lr` leaves.
+    """
     parts = {}  # by (of the head, a matrix, Muon's)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -437,11 +575,16 @@ def make_trainer(
         optimizer = Muon(groups, config.lr, config.momentum, precision=precision, **settings)
     else:
         optimizer = torch.optim.SGD(groups, config.lr, config.momentum, **settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, steps, step))
+    clock = clock or Clock()
+
+    def share(step: int) -> float:
+        return learning_rate(config, steps, max(step, clock.share() * steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     trains = trains or network
     compiled = torch.compile(trains) if config.compile else trains
-    return Trainer(network, trains, compiled, optimizer, schedule, scaler, device, precision)
+    return Trainer(network, trains, compiled, optimizer, schedule, scaler, device, precision, clock)
 
 
 def load_data(config: Config, device: torch.device) -> list[datasets.Pictures]:
@@ -465,19 +608,43 @@ def network_options(config: Config, classes: int, trained: dict | None = None) -
     return model.network_options(config.model, classes, config.image_size, append, **settings)
 
 
-def build(config: Config, options: dict, classes: list[str], trained: dict | None) -> tuple[nn.Module, list[str]]:
-    """The network with its trained weights, frozen where `config` says so; and the names of its head's weights.
+def check_network(config: Config, trained: dict | None, run: "Run") -> None:
+    """Raises NetworkError for a network that cannot train so, before the data are read."""
+    if not run.network:
+        model.check(config.model, network_options(config, 2, trained), config.batch_size, config.freeze != "all")
+
+
+def make_network(
+    config: Config, train_set: datasets.Pictures, trained: dict | None, run: "Run"
+) -> tuple[nn.Module, list[str], dict]:
+    """The network, as the run left it or with its first weights, frozen where `config` says so; the names of its
+    head's weights; and its options.
 
     Raises NetworkError or CheckpointError.
     """
+    if run.network:
+        network, options = run.network, run.checkpoint["model"]["options"]
+        head = model.head_keys(config.model, options)
+    else:
+        seed(config.seed)
+        options = network_options(config, len(train_set.classes), trained)
+        network, head = build(config, options, train_set.classes, trained)
+        if config.whiten and not trained:
+            images, _ = look(train_set, torch.arange(min(train_set.evaluation_batch, len(train_set))))[:2]
+            model.whiten(network, images)
+    if config.freeze != "0":
+        model.freeze(network, head, None if config.freeze == "all" else int(config.freeze))
+    return network, head, options
+
+
+def build(config: Config, options: dict, classes: list[str], trained: dict | None) -> tuple[nn.Module, list[str]]:
+    """A new network with its trained weights, if there are any; and the names of its head's weights."""
     network, head = model.create(config.model, options), model.head_keys(config.model, options)
     if trained:
         append, same_classes = config.head == "append", trained["classes"] == classes
         new = () if append or (config.head == "auto" and same_classes) else head
         source = f"{config.weights} (trained on {trained['image_size']} x {trained['image_size']} pixels)"
         model.transfer(network.network if append else network, trained["state_dict"], new, source)
-    if config.freeze != "0":
-        model.freeze(network, head, None if config.freeze == "all" else int(config.freeze))
     return network, head
 
 
@@ -488,9 +655,9 @@ def augmentation(config: Config) -> datasets.Augment | None:
 
 
 def training_batches(
-    train_set: datasets.Pictures, config: Config, epoch: int, keep: Tensor | None = None
+    train_set: datasets.Pictures, config: Config, epoch: int, keep: Tensor | None = None, skip: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    return train_set.batches(config.batch_size, config.shuffle, augmentation(config), config.seed, epoch, keep)
+    return train_set.batches(config.batch_size, config.shuffle, augmentation(config), config.seed, epoch, keep, skip)
 
 
 def as_features(
@@ -554,62 +721,102 @@ def kept(pictures: int, config: Config, epoch: int) -> int:
     return pictures if epoch <= math.ceil(config.epochs / 2) else max(2, round(config.hardest * pictures))
 
 
-def train_epoch(trainer: Trainer, train_set: datasets.Pictures, config: Config, epoch: int, writer) -> dict:
-    """One pass over the training pictures; returns its metrics. Raises TrainingError when the loss is not finite."""
+def all_steps(history: list[dict], pictures: int, config: Config) -> int:
+    """The steps of a run: those of its finished epochs, and those to come."""
+    epochs = range(len(history) + 1, config.epochs + 1)
+    to_come = sum(len(datasets.cuts(kept(pictures, config, epoch), config.batch_size)) for epoch in epochs)
+    return to_come + (history[-1]["step"] if history else 0)
+
+
+def train_epoch(
+    trainer: Trainer,
+    train_set: datasets.Pictures,
+    config: Config,
+    epoch: int,
+    writer,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict:
+    """One pass over the training pictures, or the rest of one that `trainer.sums` began; returns its metrics.
+
+    `stop` is asked after each step whether to leave it there. Raises TrainingError when the loss is not finite.
+    """
     from tqdm import tqdm
 
     start = time.perf_counter()
-    seed(config.seed, epoch)
     model.train_mode(trainer.trains)
     keep = hardest(trainer, config, epoch)
     order, _ = train_set.order(config.shuffle, config.seed, epoch, keep)
-    steps, steps_before = len(datasets.cuts(len(order), config.batch_size)), trainer.schedule.last_epoch
-    batches = training_batches(train_set, config, epoch, keep)
-    bar = tqdm(batches, f"epoch {epoch}", steps, unit=" steps", leave=False, disable=None)
-    loss_sum, correct = torch.zeros(2, device=trainer.device).unbind()
-    logged_sum, logged_pictures, pictures, found = 0.0, 0, 0, []
-    for step, (images, labels) in enumerate(bar, 1):
-        lr = trainer.schedule.get_last_lr()[0]
+    parts, places = datasets.cuts(len(order), config.batch_size), order.to(trainer.device)
+    sums = trainer.sums = trainer.sums or new_sums(trainer, len(train_set), config)
+    steps_before, losses = trainer.schedule.last_epoch - sums.step, []
+    batches = training_batches(train_set, config, epoch, keep, sums.step)
+    bar = tqdm(batches, f"epoch {epoch}", len(parts), initial=sums.step, unit=" steps", leave=False, disable=None)
+    for images, labels in bar:
+        sums.lr = trainer.schedule.get_last_lr()[0]
+        seed(config.seed, epoch, sums.step)
         loss, logits = trainer.step(images, labels, config)
-        loss_sum += loss * len(labels)
-        correct += (logits.argmax(1) == labels).sum()
-        pictures += len(labels)
-        if config.hardest < 1:
-            found.append(model.probabilities(logits.float(), config.loss).gather(1, labels.view(-1, 1)))
-        if step % LOG_STEPS == 0 or step == steps:  # .item() waits for the device, so not at every step
-            total = loss_sum.item()
-            if not math.isfinite(total):
-                raise TrainingError(f"the loss is {total} in epoch {epoch}, step {step}; try a lower --lr")
-            if step < steps:
-                mean = (total - logged_sum) / (pictures - logged_pictures)
-                bar.set_postfix(loss=f"{mean:.3f}")
-                writer.add_scalar("loss/train", mean, steps_before + step)
-                writer.add_scalar("lr", lr, steps_before + step)
-            writer.add_scalar("gradient_norm", trainer.gradient_norm(), steps_before + step)
-            logged_sum, logged_pictures = total, pictures
-    if config.hardest < 1:
-        trainer.shares = trainer.shares if epoch > 1 else torch.zeros(len(train_set), device=trainer.device)
-        trainer.shares[order.to(trainer.device)] = torch.cat(found).squeeze(1)
-    seconds = time.perf_counter() - start
+        losses.append((loss, sums.lr))
+        sums.correct += (logits.argmax(1) == labels).sum()
+        if sums.shares is not None:
+            of_truth = model.probabilities(logits.float(), config.loss).gather(1, labels.view(-1, 1))
+            sums.shares[places[parts[sums.step]]] = of_truth.squeeze(1)
+        sums.step, sums.pictures = sums.step + 1, sums.pictures + len(labels)
+        at_end, at_point, leave = sums.step == len(parts), sums.step % LOG_STEPS == 0, stop()
+        if at_point or at_end or leave:  # to read a loss waits for the device, so not at every step
+            sums.add_losses(losses, parts, order, epoch)
+        if at_point and not at_end:
+            mean = (sums.loss - sums.logged_loss) / (sums.pictures - sums.logged_pictures)
+            sums.logged_loss, sums.logged_pictures = sums.loss, sums.pictures
+            bar.set_postfix(loss=f"{mean:.3f}")
+            writer.add_scalar("loss/train", mean, steps_before + sums.step)
+            writer.add_scalar("lr", sums.lr, steps_before + sums.step)
+        if at_point or at_end:
+            writer.add_scalar("gradient_norm", trainer.gradient_norm(), steps_before + sums.step)
+        if leave:
+            break
+    sums.seconds += time.perf_counter() - start
     return {
         "epoch": epoch,
-        "step": steps_before + steps,
-        "train_loss": total / pictures,
-        "train_accuracy": correct.item() / pictures,
-        "lr": lr,
-        "epoch_seconds": seconds,
-        "images_per_second": pictures / seconds,
+        "step": steps_before + sums.step,
+        "train_loss": sums.loss / sums.pictures,
+        "train_accuracy": sums.correct.item() / sums.pictures,
+        "lr": sums.lr,
+        "epoch_seconds": sums.seconds,
+        "images_per_second": sums.pictures / sums.seconds,
     }
 
 
-def evaluate(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> tuple[dict, Tensor, Tensor]:
+def new_sums(trainer: Trainer, pictures: int, config: Config) -> Sums:
+    """Those of an epoch that begins."""
+    shares = None
+    if config.hardest < 1:
+        shares = torch.zeros(pictures, device=trainer.device) if trainer.shares is None else trainer.shares.clone()
+    return Sums(torch.zeros((), dtype=torch.int64, device=trainer.device), shares)
+
+
+def evaluation_seconds(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> float:
+    """About how long an evaluation takes, by its second batch."""
+    seconds = 0.0
+    for batch in itertools.islice(pictures.batches(pictures.evaluation_batch), 2):
+        start = time.perf_counter()
+        with autocast(trainer.device, trainer.precision):
+            model.outputs(trainer.trains, [batch], config.tta)[0].sum().item()
+        seconds = time.perf_counter() - start
+    return seconds * len(pictures) / min(len(pictures), pictures.evaluation_batch)
+
+
+def evaluate(
+    trainer: Trainer, pictures: datasets.Pictures, config: Config, check: Callable[[], None] = lambda: None
+) -> tuple[dict, Tensor, Tensor]:
     """Exact mean loss (without label smoothing) and accuracy over all pictures, in eval mode; and what they are of:
-    class probabilities `(N, classes)` and labels `(N,)`. Raises TrainingError when the loss is not finite."""
+    class probabilities `(N, classes)` and labels `(N,)`. Raises TrainingError when the loss is not finite, and what
+    `check` raises, which is called before each batch."""
+    batches = (check() or batch for batch in pictures.batches(pictures.evaluation_batch))
     with autocast(trainer.device, trainer.precision):
-        logits, labels = model.outputs(trainer.trains, pictures.batches(pictures.evaluation_batch), config.tta)
+        logits, labels = model.outputs(trainer.trains, batches, config.tta)
     loss, accuracy = model.score(logits, labels, config.loss)
     if not math.isfinite(loss):
-        raise TrainingError(f"the {pictures.split} loss is {loss}; try a lower --lr")
+        raise TrainingError(f"the {pictures.split} loss is {loss}; try a lower --lr, or --clip-grad 1")
     metrics = {f"{pictures.split}_loss": loss, f"{pictures.split}_accuracy": accuracy}
     return metrics, model.probabilities(logits, config.loss), labels
 
@@ -617,20 +824,210 @@ def evaluate(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> t
 # ---- the run folder ------------------------------------------------------------------------------------------------
 
 
-def start_run(config: Config) -> Path:
-    """Make the run's folder, never an existing one, and write the config into it. Raises OSError."""
+@dataclass
+class Run:
+    """A run's folder, which this process alone may write to, and what is known of its finished epochs."""
+
+    folder: Path | None = None  # until it is made
+    lock: FileLock | None = None
+    network: nn.Module | None = None  # with `checkpoint`, what a resumed run goes on from
+    checkpoint: dict = field(default_factory=dict)
+    history: list[dict] = field(default_factory=list)  # the metrics of each epoch
+    mistakes: list[str] = field(default_factory=list)  # what the best epoch mistook most, in words
+    unsaved: dict[str, str] = field(default_factory=dict)  # files that could not be written, and why
+    best: bytes | None = None  # best.pt, as long as it could not be written
+    about: dict = field(default_factory=dict)  # what is the same in all checkpoints
+    pictures: int = 0  # that it trains on
+    writer: object = None  # TensorBoard's
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        """Let other processes have the folder, and tell a failed run what it can go on from."""
+        if self.writer:
+            self.attempt("TensorBoard's events", self.writer.flush)
+        if self.lock:
+            with contextlib.suppress(OSError):  # Windows removes none that is open; the lock does it there
+                (self.folder / LOCK).unlink()
+            self.lock.release()
+        last = next((path for path in reversed(self.epoch_files()) if path.exists()), "none yet")
+        if isinstance(error, TrainingError) and not self.unsaved:
+            error.add_note(f"last good checkpoint: {last}")
+        elif isinstance(error, KeyboardInterrupt) and self.writer:
+            error.add_note(f"python train.py --resume {quoted(self.folder)}")
+
+    def epoch_files(self) -> list[Path]:
+        """Where the finished epochs' checkpoints are, or would be."""
+        return [self.folder / epoch_file(epoch) for epoch in range(1, len(self.history) + 1)]
+
+    def checkpoint_of(self, trainer: Trainer) -> dict:
+        """What predict.py needs of the network as it is now."""
+        now = {"state_dict": trainer.network.state_dict(), "epoch": len(self.history)}
+        return self.about | now | {"metrics": self.history[-1] if self.history else {}}
+
+    def attempt(self, name: str, write: Callable[[], None]) -> bool:
+        """Write a file of the run. Where the disk refuses, training goes on, and the run fails at its end."""
+        try:
+            write()
+        except OSError as error:
+            self.unsaved[name] = error.strerror or str(error)
+            print(f"train.py: {name} could not be saved ({self.unsaved[name]}); training goes on", file=sys.stderr)
+            return False
+        self.unsaved.pop(name, None)
+        return True
+
+    def write_metrics(self) -> None:
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in self.history)
+        model.write(self.folder / "metrics.jsonl", lines.encode())
+
+
+def has_ended(history: list[dict], config: Config) -> bool:
+    return bool(history) and ("ended" in history[-1] or len(history) >= config.epochs)
+
+
+def best_of(history: list[dict], split: str) -> dict:
+    """The metrics of the first epoch of the highest accuracy."""
+    return max(history, key=itemgetter(f"{split}_accuracy"))
+
+
+def epoch_file(epoch: int) -> str:
+    return f"epoch_{epoch:03}.pt"
+
+
+def open_folder(run: Run, config: Config, about: dict, step: int) -> None:
+    """Make a new run's folder, never an existing one, and open all that is written into it, from after this step on.
+
+    Raises OSError.
+    """
+    again = run.folder is not None
     name = config.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model}"
     Path(config.log_dir).mkdir(parents=True, exist_ok=True)
-    for again in range(1, 100):
-        run = Path(config.log_dir) / (name if again == 1 else f"{name}_{again}")
-        try:
-            run.mkdir()
+    for number in itertools.count(1):
+        if run.folder:
             break
+        folder = Path(config.log_dir) / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir()
+            run.folder, run.lock = folder, FileLock(folder / LOCK)
+            run.lock.acquire()
         except FileExistsError:  # another run started in the same second
             if config.run_name:
                 raise
-    (run / "config.toml").write_text(as_toml(config), encoding="utf-8")
-    return run
+    model.write(run.folder / "config.toml", as_toml(config).encode())
+    run.about, run.writer = about, views.board(run.folder, step + bool(step) if again else None)
+    if again:
+        run.write_metrics()
+
+
+def find_run(name: str, log_dir: str, epochs: int) -> Path:
+    """The folder of the run called so, or that lies there; without a name, of the newest one that can go on.
+
+    A run with fewer than `epochs` epochs can. Raises ConfigError.
+    """
+    if name:
+        for folder in (Path(name), Path(log_dir, name)):
+            if (folder / "config.toml").is_file():
+                return folder
+        runs = [path.parent.name for path in Path(log_dir).glob("*/config.toml")]
+        raise ConfigError(f"--resume {name}: no run there (its folder has a config.toml){suggestion(name, runs)}")
+    folders = [path.parent for path in Path(log_dir).glob("*/config.toml")]
+    for folder in sorted(folders, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))[::-1]:
+        try:
+            config, lines = read_config(folder / "config.toml"), folder / "metrics.jsonl"
+            history = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+        except (ConfigError, OSError, ValueError):
+            continue  # of another version, or damaged: it has to be named
+        if epochs > config.epochs or not has_ended(history, config):
+            return folder
+    raise ConfigError(f"--resume: no unfinished run in {log_dir}; --resume RUN --epochs N makes a finished one longer")
+
+
+def reopen(run: Run, folder: Path) -> None:
+    """Make it this folder's run, with its newest whole checkpoint.
+
+    Raises ConfigError while another process has the folder, CheckpointError for checkpoints that cannot be used.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise ConfigError(f"--resume {folder}: another process is training this run") from None
+    run.folder, run.lock = folder, lock
+    for part in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        part.unlink(missing_ok=True)
+    found = sorted(folder.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
+    for path in [path for path in (folder / INTERRUPTED, *found) if path.exists()]:
+        try:
+            network, checkpoint = model.load(path)
+        except model.CheckpointError as error:
+            print(f"train.py: {error}; trying the checkpoint before", file=sys.stderr)
+            continue
+        if path.name != INTERRUPTED or not (folder / epoch_file(checkpoint["epoch"] + 1)).exists():
+            run.network, run.checkpoint = network, checkpoint
+            return
+    if found or (folder / "best.pt").exists():
+        hint = f"--weights {quoted(folder / 'best.pt')} starts a new run from its best weights"
+        raise model.CheckpointError(f"{folder}: none of its checkpoints can be resumed; {hint}")
+
+
+def go_on(run: Run, trainer: Trainer, train_set: datasets.Pictures, config: Config) -> None:
+    """Bring a resumed run's trainer to where its checkpoint was made, and say where that is.
+
+    Raises CheckpointError where the checkpoint does not fit, DataError where the pictures are others now.
+    """
+    run.pictures = len(train_set)
+    if not run.checkpoint:
+        if run.folder:
+            print(f"{run.folder}: no checkpoint yet, starts anew", file=sys.stderr)
+        return
+    training, epochs = run.checkpoint["training"], run.checkpoint["config"]["epochs"]
+    if train_set.classes != run.checkpoint["classes"] or len(train_set) != training["pictures"]:
+        raise datasets.DataError(f"{config.data}: not the {training['pictures']:,} pictures that the run trained on")
+    try:
+        trainer.load_state_dict(training)
+    except Exception as error:  # a stranger's file can hold anything
+        raise model.CheckpointError(f"{run.folder}: its training cannot go on: {error}") from error
+    where = f" at step {trainer.sums.step}" if trainer.sums else ""
+    where = "is finished" if has_ended(run.history, config) else f"goes on in epoch {len(run.history) + 1}{where}"
+    print(f"{run.folder}: {where}", file=sys.stderr)
+    if epochs != config.epochs:
+        lr = trainer.schedule.get_last_lr()[0]
+        print(
+            f"{epochs} -> {config.epochs} epochs: the {config.schedule} schedule now spans all of them, so that the "
+            f"learning rate goes on at {lr:.3g}; a run of {config.epochs} epochs from its start would end elsewhere",
+            file=sys.stderr,
+        )
+
+
+def resumed_config(run: Run, given: dict) -> Config:
+    """The run's own config, with what was given anew. Raises ConfigError for what cannot change any more, and
+    CheckpointError for a checkpoint without what resuming needs."""
+    if run.checkpoint:
+        try:
+            config = Config(**checked(run.checkpoint["config"], str))
+            run.history, run.mistakes = (run.checkpoint["training"][name] for name in ("history", "mistakes"))
+            fits = config.model == run.checkpoint["model"]["name"] and len(run.history) == run.checkpoint["epoch"]
+        except (ConfigError, KeyError, TypeError) as error:
+            raise model.CheckpointError(f"{run.folder}: its checkpoint cannot be resumed by this version") from error
+        if not fits or not all(isinstance(metrics, dict) and model.is_plain(metrics) for metrics in run.history):
+            raise model.CheckpointError(f"{run.folder}: its checkpoint's parts do not belong together")
+    else:
+        config = read_config(run.folder / "config.toml")
+    for name, value in given.items():
+        may_change = name in LATER or Config.__dataclass_fields__[name].metadata["group"] in ("machine", "run")
+        if value != getattr(config, name) and (not may_change or name == "run_name"):
+            raise ConfigError(
+                f"{flag(name)}: the run has {getattr(config, name)!r}, which cannot change any more; "
+                f"--weights {quoted(run.folder / 'best.pt')} starts a new run from its weights"
+            )
+    if "epochs" in given and config.epochs > given["epochs"] <= len(run.history):
+        raise ConfigError(f"--epochs {given['epochs']}: the run has {len(run.history)} epochs already")
+    changed = replace(config, **given, log_dir=str(run.folder.parent), run_name="")
+    longer = ("epochs", "patience", "time_limit")
+    if run.history and any(getattr(changed, name) != getattr(config, name) for name in longer):
+        run.history[-1].pop("ended", None)
+    return changed
 
 
 def show_start(writer, network: nn.Module, split: str, config: Config, device: torch.device) -> None:
@@ -681,11 +1078,18 @@ def look(
 
 
 def show(
-    writer, network: nn.Module, sets: list[datasets.Pictures], epoch: int, step: int, config: Config, answers: tuple
+    writer,
+    network: nn.Module,
+    sets: list[datasets.Pictures],
+    epoch: int,
+    step: int,
+    config: Config,
+    answers: tuple = (),
+    last: bool = False,
 ):
     """Draw what is due after an epoch; `answers` are shares and labels of the last set, none before training (0)."""
     every = config.view_every or math.ceil(config.epochs / 10)
-    if not config.views or (epoch % every and epoch != config.epochs):
+    if not config.views or (epoch % every and not last):
         return
     train_set, test_set = sets
     views.write(
@@ -701,22 +1105,19 @@ def show(
         views.write_histograms(writer, step, network)
 
 
-def show_embedding(writer, network: nn.Module, head: list[str], test_set: datasets.Pictures, step: int, config: Config):
+def show_embedding(run: Run, network: nn.Module, head: list[str], test_set: datasets.Pictures, config: Config) -> None:
     """1,000 test pictures in TensorBoard's projector, by what the head gets to see of them."""
     frozen, places = model.HeadOnly(network, head, config.image_size), torch.arange(min(1000, len(test_set)))
     parts = [look(test_set, part) for part in places.split(test_set.evaluation_batch)]
     hidden, images, labels = (
         torch.cat(part) for part in zip(*((frozen.features(x), *y) for x, *y in parts), strict=True)
     )
-    views.write_embedding(
-        writer, step, hidden.flatten(1), images, [test_set.classes[label] for label in labels.tolist()]
-    )
+    names = [test_set.classes[label] for label in labels.tolist()]
+    views.write_embedding(run.writer, run.history[-1]["step"], hidden.flatten(1), images, names)
 
 
-def log(writer, run: Path, metrics: dict, memory: float) -> None:
-    """One epoch's metrics into metrics.jsonl and TensorBoard."""
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
+def log(writer, metrics: dict, memory: float) -> None:
+    """One epoch's metrics into TensorBoard."""
     for name, value in metrics.items():
         split, _, what = name.partition("_")
         if what in ("loss", "accuracy"):
@@ -724,14 +1125,11 @@ def log(writer, run: Path, metrics: dict, memory: float) -> None:
         elif name in ("lr", "images_per_second", "epoch_seconds"):
             writer.add_scalar(name, value, metrics["step"])
     writer.add_scalar("memory_mib", memory, metrics["step"])
-    writer.flush()  # so that a short or broken run shows all it did
 
 
-def save(
-    run: Path, trainer: Trainer, options: dict, classes: list[str], config: Config, metrics: dict, best: bool
-) -> None:
-    """Write the epoch's checkpoint, and best.pt (without what only resuming needs) when it is the best so far."""
-    checkpoint = {
+def about(config: Config, options: dict, classes: list[str]) -> dict:
+    """The part of a checkpoint that all of a run have in common."""
+    return {
         "format": model.FORMAT,
         "model": {"name": config.model, "options": options},
         "classes": classes,
@@ -740,14 +1138,55 @@ def save(
         "interpolation": config.interpolation,
         "mean": list(config.mean),
         "std": list(config.std),
-        "state_dict": trainer.network.state_dict(),
-        "epoch": metrics["epoch"],
-        "metrics": metrics,
-        "config": asdict(config),
+        "config": stored(config),
     }
-    model.save(run / f"epoch_{metrics['epoch']:03}.pt", checkpoint | {"training": trainer.state_dict()})
-    if best:
-        model.save(run / "best.pt", checkpoint)
+
+
+def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], split: str, config: Config) -> bool:
+    """Take an epoch into the run's history, with the reason if it is to be the last; whether it is the best so far."""
+    trainer.shares, trainer.sums = trainer.sums.shares, None
+    run.history.append(metrics)
+    since_best = len(run.history) - best_of(run.history, split)["epoch"]
+    if not since_best:
+        run.mistakes = views.worst_pairs(views.count_pairs(*answers), run.about["classes"])
+    if len(run.history) < config.epochs and trainer.clock.is_over():
+        metrics["ended"] = "time_limit"
+    elif len(run.history) < config.epochs and 0 < config.patience <= since_best:
+        metrics["ended"] = "patience"
+    return not since_best
+
+
+def save(run: Run, trainer: Trainer, name: str) -> bool:
+    """Write a checkpoint with all that resuming needs; whether the disk took it."""
+    training = trainer.state_dict() | {"history": run.history, "mistakes": run.mistakes}
+    training["pictures"] = run.pictures
+    return run.attempt(name, lambda: model.save(run.folder / name, run.checkpoint_of(trainer) | {"training": training}))
+
+
+def save_epoch(run: Run, trainer: Trainer, config: Config, is_best: bool) -> None:
+    """Write what an epoch leaves, its checkpoint last: a process that is killed before that does the epoch again.
+
+    best.pt is without what only resuming needs.
+    """
+    run.attempt("TensorBoard's events", run.writer.flush)
+    run.attempt("metrics.jsonl", run.write_metrics)
+    run.best = model.packed(run.checkpoint_of(trainer)) if is_best else run.best
+    if run.best and run.attempt("best.pt", lambda: model.write(run.folder / "best.pt", run.best)):
+        run.best = None
+    if save(run, trainer, epoch_file(len(run.history))):
+        (run.folder / INTERRUPTED).unlink(missing_ok=True)
+        for path in run.epoch_files()[: -config.keep] if config.keep else ():
+            path.unlink(missing_ok=True)
+            run.unsaved.pop(path.name, None)
+
+
+def leave(run: Run, trainer: Trainer) -> int:
+    """Save an interrupted run, and say how to go on; returns the exit status."""
+    save(run, trainer, INTERRUPTED)
+    where = f"epoch {len(run.history) + 1}, step {trainer.sums.step}"
+    print(f"train.py: interrupted in {where}; this goes on from there, to the same result:", file=sys.stderr)
+    print(f"python train.py --resume {quoted(run.folder)}")
+    return 130
 
 
 def line(metrics: dict, split: str, config: Config, best: bool) -> str:
@@ -759,35 +1198,37 @@ def line(metrics: dict, split: str, config: Config, best: bool) -> str:
     return f"epoch {epoch}  {train}  {held_out}  {speed}{'  <- best' if best else ''}"
 
 
-def finish(
-    writer,
-    run: Path,
-    trainer: Trainer,
-    sets: list[datasets.Pictures],
-    best: dict,
-    answers: tuple[Tensor, Tensor],
-    config: Config,
-) -> None:
-    """Say where the best checkpoint is, what it mistakes (by its `answers`: shares and labels), and how to go on; with
-    held-out pictures, test it now, once."""
+def finish(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Config) -> None:
+    """Say where the best checkpoint is, what it mistakes, and how to go on; with held-out pictures, test it now, once.
+
+    Raises TrainingError when something could not be saved.
+    """
+    split = sets[0].split
+    best, mistakes = best_of(run.history, split), run.mistakes
     if len(sets) == 1:
-        split = sets[0].split
         result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
     else:
-        network, checkpoint = model.load(run / "best.pt", trainer.device)
+        network, checkpoint = model.load(run.folder / "best.pt", trainer.device)
         test, *answers = evaluate(replace(trainer, trains=network), sets[1], config)
+        mistakes = views.worst_pairs(views.count_pairs(*answers), run.about["classes"])
         for name, value in test.items():
-            writer.add_scalar(f"{name.partition('_')[2]}/test", value, best["step"])
-        model.save(run / "best.pt", checkpoint | {"metrics": best | test})
+            run.writer.add_scalar(f"{name.partition('_')[2]}/test", value, best["step"])
+        run.attempt("best.pt", lambda: model.save(run.folder / "best.pt", checkpoint | {"metrics": best | test}))
         result = f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {test['test_accuracy']:.1%}"
+    run.attempt("TensorBoard's events", run.writer.flush)
+    if why := run.history[-1].get("ended"):
+        print(f"ended after epoch {len(run.history)} of {config.epochs} by {flag(why)} {getattr(config, why):g}")
     print(f"best: epoch {best['epoch']}, {result}")
-    if pairs := views.worst_pairs(views.count_pairs(*answers), sets[0].classes):
-        print(f"most mistaken: {', '.join(pairs)}")
-    print(f"python predict.py YOUR_PICTURE --checkpoint {quoted(run / 'best.pt')}")
+    if mistakes:
+        print(f"most mistaken: {', '.join(mistakes)}")
+    print(f"python predict.py YOUR_PICTURE --checkpoint {quoted(run.folder / 'best.pt')}")
     print(f"tensorboard --logdir {quoted(config.log_dir)}")
+    if run.unsaved:
+        raise TrainingError(f"not saved: {', '.join(f'{name} ({why})' for name, why in run.unsaved.items())}")
 
 
 def quoted(path: str | Path) -> str:
+    """As one types it."""
     return f'"{path}"' if " " in str(path) else str(path)
 
 
@@ -804,69 +1245,101 @@ def say_what(config: Config, sets: Iterable[datasets.Pictures], network: nn.Modu
     print(f"{config.data}: {sizes} pictures; {about}; {device}", file=sys.stderr)
 
 
+class Interrupts:
+    """While this is entered, Ctrl-C and SIGTERM are a wish that `asked` tells of; a second one ends all at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interrupts":
+        in_main = threading.current_thread() is threading.main_thread()  # elsewhere nobody gets signals
+        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, _: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not print(), which the signal may have caught in the middle of its work.
+        os.write(2, b"\ntrain.py: stopping after this step, with a checkpoint (once more: at once, without)\n")
+
+    def check(self) -> None:
+        if self.asked:
+            raise Interrupted
+
+
 # ---- the story -----------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
-    config, trained = resolve(parse(argv))
-    device = pick(config.device)
-    precision = pick_precision(config.precision, device)
-    tune(device)
-    model.check(config.model, network_options(config, 2, trained), config.batch_size, config.freeze != "all")
+def main(argv: list[str] | None = None) -> int:
+    """Train as these flags say; returns the exit status: 0, or 130 when it was interrupted."""
+    clock = Clock()
+    config, run = parse(argv)
+    with run:
+        config, trained = (config, None) if run.network else resolve(config)
+        clock.limit = 60 * config.time_limit or math.inf
+        device = pick(config.device)
+        precision = pick_precision(config.precision, device)
+        tune(device, config.deterministic)
+        check_network(config, trained, run)
 
-    train_set, *eval_sets = load_data(config, device)  # the first of eval_sets chooses the best epoch
-    split, classes = eval_sets[0].split, train_set.classes
-    config = replace(config, mean=train_set.mean, std=train_set.std)
+        train_set, *eval_sets = load_data(config, device)  # the first of eval_sets chooses the best epoch
+        split, shown_sets = eval_sets[0].split, [train_set, eval_sets[0]]
+        config = replace(config, mean=train_set.mean, std=train_set.std)
 
-    seed(config.seed)
-    options = network_options(config, len(classes), trained)
-    network, head = build(config, options, classes, trained)
-    if config.whiten and not trained:
-        model.whiten(network, look(train_set, torch.arange(min(train_set.evaluation_batch, len(train_set))))[0])
-    network, trained = network.to(device, memory_format=memory_format(device)), None  # its memory is free again
-    steps = sum(
-        len(datasets.cuts(kept(len(train_set), config, epoch), config.batch_size))
-        for epoch in range(1, config.epochs + 1)
-    )
-    say_what(config, (train_set, *eval_sets), network, device)
+        network, head, options = make_network(config, train_set, trained, run)
+        network, trained = network.to(device, memory_format=memory_format(device)), None  # its memory is free again
+        say_what(config, (train_set, *eval_sets), network, device)
 
-    shown_sets = [train_set, eval_sets[0]]
-    trains, epoch_sets = what_trains(network, head, shown_sets, config, precision)
-    trainer = make_trainer(network, config, steps, device, precision, head, trains)
+        trains, epoch_sets = what_trains(network, head, shown_sets, config, precision)
+        steps = all_steps(run.history, len(train_set), config)
+        trainer = make_trainer(network, config, steps, device, precision, head, trains, clock)
+        clock.ending = sum(evaluation_seconds(trainer, epoch_sets[1], config) for _ in eval_sets if config.time_limit)
+        go_on(run, trainer, train_set, config)
 
-    from torch.utils.tensorboard import SummaryWriter  # takes a while, so not before all is known to be right
-
-    run, best, best_answers = start_run(config), None, ()
-    with SummaryWriter(run) as writer:
-        show_start(writer, network, split, config, device)
-        show(writer, network, shown_sets, 0, 0, config, ())
-        for epoch in range(1, config.epochs + 1):
-            metrics = train_epoch(trainer, epoch_sets[0], config, epoch, writer)
-            held_out, *answers = evaluate(trainer, epoch_sets[1], config)
-            metrics |= held_out
-            is_best = best is None or metrics[f"{split}_accuracy"] > best[f"{split}_accuracy"]
-            best, best_answers = (metrics, answers) if is_best else (best, best_answers)
-            save(run, trainer, options, classes, config, metrics, is_best)
-            show(writer, network, shown_sets, epoch, metrics["step"], config, answers)
-            log(writer, run, metrics, memory_used(device))
-            print(line(metrics, split, config, is_best), flush=True)
-        if config.views and config.embedding:
-            views.attempt("embedding", lambda: show_embedding(writer, network, head, eval_sets[0], steps, config))
-        finish(writer, run, trainer, eval_sets, best, best_answers, config)
+        open_folder(run, config, about(config, options, train_set.classes), trainer.schedule.last_epoch)
+        if not run.network:
+            show_start(run.writer, network, split, config, device)
+            show(run.writer, network, shown_sets, 0, 0, config)
+        with Interrupts() as interrupts:
+            while not has_ended(run.history, config):
+                epoch, stop = len(run.history) + 1, lambda: interrupts.asked or clock.is_over()
+                metrics = train_epoch(trainer, epoch_sets[0], config, epoch, run.writer, stop)
+                trained_seconds = clock.seconds()
+                try:
+                    held_out, *answers = evaluate(trainer, epoch_sets[1], config, interrupts.check)
+                except Interrupted:
+                    return leave(run, trainer)
+                is_best = end_epoch(run, trainer, metrics | held_out, answers, split, config)
+                ends = has_ended(run.history, config)
+                show(run.writer, network, shown_sets, epoch, metrics["step"], config, answers, ends)
+                log(run.writer, run.history[-1], memory_used(device))
+                if ends and config.views and config.embedding:
+                    views.attempt("embedding", lambda: show_embedding(run, network, head, eval_sets[0], config))
+                save_epoch(run, trainer, config, is_best)
+                print(line(run.history[-1], split, config, is_best), flush=True)
+                clock.ending = max(clock.ending, (clock.seconds() - trained_seconds) * len(eval_sets))
+        finish(run, trainer, eval_sets, config)
+    return 0
 
 
 def cli(argv: list[str] | None = None) -> int:
     """main() for the command line: a user's mistake ends in one line, not in a traceback."""
     try:
-        main(argv)
+        return main(argv)
     except (*WRONG_CALL, datasets.DataError, model.CheckpointError, TrainingError, OSError) as error:
         where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"train.py: {where}", file=sys.stderr)
+        message = "; ".join(map(str, [where, *getattr(error, "__notes__", [])]))
+        print(f"train.py: {model.printable(message)}", file=sys.stderr)
         return 2 if isinstance(error, WRONG_CALL) else 1
-    except KeyboardInterrupt:
-        print("train.py: interrupted; what finished epochs saved in the run folder is whole", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("train.py: interrupted; what was saved before is whole", file=sys.stderr)
+        print(*getattr(interrupt, "__notes__", []), sep="\n", end="")
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,10 +5,15 @@ ships, and the one colour scale is cividis, which the colour-blind read as other
 doi.org/10.1371/journal.pone.0199239).
 """
 
+import contextlib
+import io
 import math
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -269,6 +274,63 @@ def explained(picture: np.ndarray, heat: Tensor, names: Sequence[str], shares: S
 
 
 # ---- into TensorBoard ----------------------------------------------------------------------------------------------
+
+
+class EventFile:
+    """TensorBoard's file of events, which wait in memory until `flush` appends them, all or none.
+
+    TensorBoard's own writes in a thread, which a full disk ends for good; here, what could not be written is written
+    by a later flush.
+    """
+
+    seconds = 30  # between two flushes that happen by themselves
+
+    def __init__(self, path: Path):
+        self.path, self.waiting, self.flushed = path, [], time.monotonic()
+
+    def get_logdir(self) -> str:
+        return str(self.path.parent)
+
+    def add_event(self, event) -> None:
+        self.waiting.append(event.SerializeToString())
+        if time.monotonic() > self.flushed + self.seconds:
+            with contextlib.suppress(OSError):  # the epoch's own flush will tell
+                self.flush()
+
+    def flush(self) -> None:
+        """Append what waits to the file; raises OSError, and leaves the file as it was, where the disk refuses."""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.flushed, records = time.monotonic(), io.BytesIO()
+        for event in self.waiting:
+            RecordWriter(records).write(event)
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("ab") as file:
+                file.write(records.getbuffer())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+        self.waiting.clear()
+
+    def close(self) -> None:
+        """Nothing to do: whoever wants a last flush does it, and hears whether it worked."""
+
+
+def board(folder: Path, purge_step: int | None = None):
+    """A SummaryWriter that leaves its events in an EventFile.
+
+    What the folder's earlier files tell from `purge_step` on is hidden, since a run that goes on tells it again.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # takes a while
+
+    earlier = set(folder.glob("events.out.tfevents.*"))
+    writer = SummaryWriter(folder, purge_step=purge_step)
+    writer.file_writer.event_writer.close()  # and with it, its thread
+    [path] = set(folder.glob("events.out.tfevents.*")) - earlier
+    writer.file_writer.event_writer = EventFile(path)
+    return writer
 
 
 def attempt(name: str, draw: Callable[[], object]) -> None:

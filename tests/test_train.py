@@ -57,7 +57,8 @@ def test_metrics_have_a_line_an_epoch(run):
 def test_checkpoints_can_be_resumed_and_the_best_is_small(run):
     checkpoint = torch.load(run / "epoch_003.pt", weights_only=True)
     assert set(checkpoint) == {*model.CONTENT, "training"}
-    assert set(checkpoint["training"]) == {"optimizer", "schedule", "scaler", "shares"}
+    parts = {"optimizer", "schedule", "scaler", "shares", "sums", "clock", "history", "mistakes", "pictures"}
+    assert set(checkpoint["training"]) == parts and checkpoint["training"]["history"] == metrics(run)
     assert len(checkpoint["training"]["optimizer"]["state"]) == len(list(model.CifarQuick().parameters()))
     assert checkpoint["config"]["limit"] == 1000 and checkpoint["epoch"] == 3
     best = torch.load(run / "best.pt", weights_only=True)
@@ -152,12 +153,10 @@ def test_every_setting_survives_the_config_file(tmp_path):
 
 def test_two_runs_of_the_same_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(train.time, "strftime", lambda _: "now")
-    config = train.Config(log_dir=str(tmp_path))
-    assert [train.start_run(config).name for _ in range(3)] == [
-        "now_cifar_quick",
-        "now_cifar_quick_2",
-        "now_cifar_quick_3",
-    ]
+    runs = [train.Run() for _ in range(3)]
+    for run in runs:
+        train.open_folder(run, train.Config(log_dir=str(tmp_path)), {}, 0)
+    assert [run.folder.name for run in runs] == ["now_cifar_quick", "now_cifar_quick_2", "now_cifar_quick_3"]
 
 
 # ---- the recipe ----
@@ -336,8 +335,8 @@ MISTAKES = [
     ("--device cuda:99", "no device 'cuda:99' here; this machine has: "),
     ("--precision fp16 --device cpu", "fp16 does not train well on cpu"),
     ("--image-size 4 --data shapes", "--image-size 4 is below 8"),
-    ("--run-name ../x", "--run-name ../x: a folder's name is wanted, without a path"),
-    ("--run-name ..", "without a path"),
+    ("--run-name ../x", "--run-name: '../x' cannot be a folder's name on every system, without a path"),
+    ("--run-name ..", "'..' cannot be a folder's name"),
     ("--config nowhere.toml", "--config nowhere.toml: No such file or directory"),
 ]
 
@@ -384,7 +383,7 @@ def test_a_wrong_config_file_is_named_with_its_key(content, message, tmp_path, c
 
 def test_flags_overrule_the_config_file(tmp_path):
     (tmp_path / "my.toml").write_text("lr = 1\nepochs = 7\nflip = true")
-    config = train.parse(["--config", str(tmp_path / "my.toml"), "--epochs", "3", "--no-flip"])
+    config = train.parse(["--config", str(tmp_path / "my.toml"), "--epochs", "3", "--no-flip"])[0]
     assert (config.lr, config.epochs, config.flip) == (1, 3, False)
 
 

@@ -635,7 +635,7 @@ def load(
     workers = cores() if workers < 0 else workers
     for split in splits:
         if data == "shapes":
-            pictures = shapes(split)
+            pictures = shapes(split, limit=limit)
         elif data == "cifar10":
             pictures = cifar10(Path(data_dir), split, data_url)
         elif Path(data).is_dir():
@@ -1007,15 +1007,21 @@ def is_the_archive(path: Path) -> bool:
 # ---- shapes --------------------------------------------------------------------------------------------------------
 
 
-def shapes(split: str, count: int = 0, side: int = 32) -> Pictures:
+def shapes(split: str, count: int = 0, side: int = 32, limit: int = 0) -> Pictures:
     """Drawn pictures of ten shapes (5,000 to train, 1,000 to test), which vary in all but the shape.
+
+    With a `limit` no more of them than it takes to find so many with all classes even.
 
     Only a frozen random stream and arithmetic that IEEE 754 fixes to the bit (no sine, no power) are used, so that
     every machine draws the same pictures.
     """
     random = np.random.RandomState(["train", "test"].index(split))  # numpy never changes this stream (NEP 19)
     labels = random.permutation(np.arange(count or {"train": 5000, "test": 1000}[split]) % len(SHAPES))
-    chunks = [draw_shapes(labels[start : start + 500], random, side) for start in range(0, len(labels), 500)]
+    chunk = 500
+    if limit:
+        last = int(balanced(torch.from_numpy(labels), SHAPES, limit).max())
+        labels = labels[: chunk * (last // chunk + 1)]
+    chunks = [draw_shapes(labels[start : start + chunk], random, side) for start in range(0, len(labels), chunk)]
     images = torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2).contiguous()
     mean, std = statistics(histogram(images))
     return Pictures(images, torch.from_numpy(labels).long(), SHAPES, split, mean, std)

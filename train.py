@@ -187,8 +187,8 @@ class Config:
     )
 
 
-def parse(argv: list[str] | None) -> "tuple[Config, Run]":
-    """The config file's settings, overruled by the flags; with `--resume` those of that run. And the run.
+def parse(argv: list[str] | None, run: "Run | None" = None) -> Config:
+    """The config file's settings, overruled by the flags; with `--resume` those of a run, which `run` becomes.
 
     A wrong one ends the program with one line and status 2.
     """
@@ -206,7 +206,7 @@ def parse(argv: list[str] | None) -> "tuple[Config, Run]":
     )
     first.error = parser.error = lambda message: parser.exit(2, f"train.py: {model.printable(message)}\n")
     try:
-        config, run = read_config(first.parse_known_args(argv)[0].config or DEFAULT_CONFIG), Run()
+        config = read_config(first.parse_known_args(argv)[0].config or DEFAULT_CONFIG)
         add_flags(parser, config)
         not_given = argparse.Namespace(**dict.fromkeys(Config.__dataclass_fields__))
         args, unknown = parser.parse_known_args(argv, not_given)
@@ -217,16 +217,16 @@ def parse(argv: list[str] | None) -> "tuple[Config, Run]":
         given = checked(given, flag)
         if args.resume is not None and args.config:
             raise ConfigError("--config: a resumed run has its own; give --resume without it")
-        if args.resume is not None:
+        if args.resume is None:
+            config = replace(config, **given)
+        else:
+            run = run or Run()
             reopen(run, find_run(args.resume, given.get("log_dir", config.log_dir), given.get("epochs", 0)))
-        config = resumed_config(run, given) if run.folder else replace(config, **given)
-        check_together(config, new=not run.folder)
-    except (ConfigError, model.CheckpointError) as error:
-        run.__exit__(None, None, None)
-        if isinstance(error, model.CheckpointError):
-            raise
+            config = resumed_config(run, given)
+        check_together(config, new=args.resume is None)
+    except ConfigError as error:
         parser.error(str(error))
-    return config, run
+    return config
 
 
 def read_config(path: Path) -> Config:
@@ -413,7 +413,7 @@ class Clock:
     before: float = 0.0  # in earlier sittings
     begun: float | None = None  # when training began
     ending: float = 0.0  # from the last step to the end of the run, about
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=lambda: time.perf_counter())
 
     def seconds(self) -> float:
         return self.before + time.perf_counter() - self.started
@@ -1023,7 +1023,7 @@ def resumed_config(run: Run, given: dict) -> Config:
             )
     if "epochs" in given and config.epochs > given["epochs"] <= len(run.history):
         raise ConfigError(f"--epochs {given['epochs']}: the run has {len(run.history)} epochs already")
-    changed = replace(config, **given, log_dir=str(run.folder.parent), run_name="")
+    changed = replace(config, **given | {"log_dir": str(run.folder.parent), "run_name": ""})
     longer = ("epochs", "patience", "time_limit")
     if run.history and any(getattr(changed, name) != getattr(config, name) for name in longer):
         run.history[-1].pop("ended", None)
@@ -1278,8 +1278,8 @@ class Interrupts:
 def main(argv: list[str] | None = None) -> int:
     """Train as these flags say; returns the exit status: 0, or 130 when it was interrupted."""
     clock = Clock()
-    config, run = parse(argv)
-    with run:
+    with Run() as run:
+        config = parse(argv, run)
         config, trained = (config, None) if run.network else resolve(config)
         clock.limit = 60 * config.time_limit or math.inf
         device = pick(config.device)
@@ -1338,7 +1338,8 @@ def cli(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, WRONG_CALL) else 1
     except KeyboardInterrupt as interrupt:
         print("train.py: interrupted; what was saved before is whole", file=sys.stderr)
-        print(*getattr(interrupt, "__notes__", []), sep="\n", end="")
+        for how_to_go_on in getattr(interrupt, "__notes__", []):
+            print(how_to_go_on)
         return 130
 
 

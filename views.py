@@ -329,6 +329,8 @@ def board(folder: Path, purge_step: int | None = None):
     writer = SummaryWriter(folder, purge_step=purge_step)
     writer.file_writer.event_writer.close()  # and with it, its thread
     [path] = set(folder.glob("events.out.tfevents.*")) - earlier
+    if earlier and path < max(earlier):  # TensorBoard reads in the order of names, which tell no less than seconds
+        path = path.rename(f"{max(earlier)}.1")
     writer.file_writer.event_writer = EventFile(path)
     return writer
 

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", help="cifar10 or a folder with its pictures")
     parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
     args, flags = parser.parse_known_args()
-    config, _ = train.resolve(train.parse([*flags, "--data", args.data])[0])
+    config, _ = train.resolve(train.parse([*flags, "--data", args.data]))
     device = pick(config.device)
     tune(device)
     [pictures] = datasets.load(args.data, device=device, splits=["train"])

@@ -77,7 +77,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     rounds = 3 if args.quick else args.rounds
 
-    config, _ = train.resolve(train.parse([*flags, "--data", "shapes"])[0])
+    config, _ = train.resolve(train.parse([*flags, "--data", "shapes"]))
     device = pick(config.device)
     precision = pick_precision(config.precision, device)
     tune(device)

@@ -78,7 +78,7 @@ class Tutorial:
 
 def ours(pictures: datasets.Pictures, precision: str) -> Callable[[int], object]:
     """A function that trains one epoch of the same network by train.py."""
-    config, _ = train.resolve(train.parse(["--config", CONFIG, "--precision", precision, "--device", "cpu"])[0])
+    config, _ = train.resolve(train.parse(["--config", CONFIG, "--precision", precision, "--device", "cpu"]))
     device = pick("cpu")
     network = model.create("cifar_quick", train.network_options(config, 10)).to(memory_format=memory_format(device))
     trainer = train.make_trainer(network, config, 10**6, device, pick_precision(precision, device))

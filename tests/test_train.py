@@ -383,7 +383,7 @@ def test_a_wrong_config_file_is_named_with_its_key(content, message, tmp_path, c
 
 def test_flags_overrule_the_config_file(tmp_path):
     (tmp_path / "my.toml").write_text("lr = 1\nepochs = 7\nflip = true")
-    config = train.parse(["--config", str(tmp_path / "my.toml"), "--epochs", "3", "--no-flip"])[0]
+    config = train.parse(["--config", str(tmp_path / "my.toml"), "--epochs", "3", "--no-flip"])
     assert (config.lr, config.epochs, config.flip) == (1, 3, False)
 
 

@@ -1,4 +1,4 @@
-"""Which device and precision a run uses, and how its randomness is seeded.
+"""Which device and precision a run uses, how its randomness is seeded, and how its process is interrupted.
 
 `python device.py` shows what this machine has, what `auto` picks and why, and tries it on one convolution.
 """
@@ -7,7 +7,9 @@ import argparse
 import ctypes
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from contextlib import AbstractContextManager
 from importlib import metadata
@@ -21,6 +23,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 class DeviceError(ValueError):
     """A device or precision was asked for that this machine does not have."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM asked for an end."""
 
 
 def available() -> dict[str, str]:
@@ -129,6 +135,33 @@ def seed(*numbers: int) -> None:
         torch.cuda.manual_seed_all(number)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(number)
+
+
+class Interrupts:
+    """While this is entered, Ctrl-C and SIGTERM are a wish that `asked` tells of; a second one ends all at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interrupts":
+        in_main = threading.current_thread() is threading.main_thread()  # elsewhere nobody gets signals
+        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, _: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not print(), which the signal may have caught in the middle of its work.
+        os.write(2, b"\nstopping after this step, with a checkpoint (once more: at once, without)\n")
+
+    def check(self) -> None:
+        if self.asked:
+            raise Interrupted
 
 
 def why(device: torch.device, precision: torch.dtype) -> tuple[str, str]:

@@ -8,12 +8,9 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -28,7 +25,18 @@ from torch import Tensor, nn
 import datasets
 import model
 import views
-from device import DeviceError, autocast, memory_format, memory_used, pick, pick_precision, seed, tune
+from device import (
+    DeviceError,
+    Interrupted,
+    Interrupts,
+    autocast,
+    memory_format,
+    memory_used,
+    pick,
+    pick_precision,
+    seed,
+    tune,
+)
 from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, TTA, suggestion
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
@@ -45,10 +53,6 @@ class ConfigError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on."""
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM asked for an end."""
 
 
 WRONG_CALL = (ConfigError, DeviceError, datasets.LimitError, model.NetworkError)  # exit status 2; all else is 1
@@ -882,6 +886,12 @@ class Run:
         model.write(self.folder / "metrics.jsonl", lines.encode())
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """A run's metrics.jsonl, empty before the first epoch's end. Raises OSError or ValueError."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
 def has_ended(history: list[dict], config: Config) -> bool:
     return bool(history) and ("ended" in history[-1] or len(history) >= config.epochs)
 
@@ -934,8 +944,7 @@ def find_run(name: str, log_dir: str, epochs: int) -> Path:
     folders = [path.parent for path in Path(log_dir).glob("*/config.toml")]
     for folder in sorted(folders, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))[::-1]:
         try:
-            config, lines = read_config(folder / "config.toml"), folder / "metrics.jsonl"
-            history = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+            config, history = read_config(folder / "config.toml"), read_metrics(folder)
         except (ConfigError, OSError, ValueError):
             continue  # of another version, or damaged: it has to be named
         if epochs > config.epochs or not has_ended(history, config):
@@ -966,7 +975,7 @@ def reopen(run: Run, folder: Path) -> None:
         if path.name != INTERRUPTED or not (folder / epoch_file(checkpoint["epoch"] + 1)).exists():
             run.network, run.checkpoint = network, checkpoint
             return
-    if found or (folder / "best.pt").exists():
+    if found or len(read_metrics(folder)) > 1:  # an only epoch's metrics may be there before its checkpoint
         hint = f"--weights {quoted(folder / 'best.pt')} starts a new run from its best weights"
         raise model.CheckpointError(f"{folder}: none of its checkpoints can be resumed; {hint}")
 
@@ -1243,33 +1252,6 @@ def say_what(config: Config, sets: Iterable[datasets.Pictures], network: nn.Modu
     if config.weights != "none":
         about += f", from {config.weights}"
     print(f"{config.data}: {sizes} pictures; {about}; {device}", file=sys.stderr)
-
-
-class Interrupts:
-    """While this is entered, Ctrl-C and SIGTERM are a wish that `asked` tells of; a second one ends all at once."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self) -> "Interrupts":
-        in_main = threading.current_thread() is threading.main_thread()  # elsewhere nobody gets signals
-        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number: int, _: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        # Not print(), which the signal may have caught in the middle of its work.
-        os.write(2, b"\ntrain.py: stopping after this step, with a checkpoint (once more: at once, without)\n")
-
-    def check(self) -> None:
-        if self.asked:
-            raise Interrupted
 
 
 # ---- the story -----------------------------------------------------------------------------------------------------

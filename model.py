@@ -631,7 +631,8 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
             check_bytes(path)
-        checkpoint = torch.load(path, map_location=device, weights_only=True) if is_zip else None
+        with warnings.catch_warnings(action="ignore"):  # of tensors that are refused below
+            checkpoint = torch.load(path, map_location=device, weights_only=True) if is_zip else None
         if not isinstance(checkpoint, dict) or "format" not in checkpoint:
             problem = "not a whole checkpoint of train.py"
         elif checkpoint["format"] not in range(1, FORMAT + 1):

@@ -239,7 +239,7 @@ def read_config(path: Path) -> Config:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or too deep
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     for name in content:
         if name not in Config.__dataclass_fields__:

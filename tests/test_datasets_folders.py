@@ -282,3 +282,22 @@ def test_copies_of_training_pictures_in_the_test_set_are_found(colour_folder, tm
     shutil.copy(tmp_path / "c" / "train" / "blue" / "07.png", copy)
     pairs = datasets.duplicates(*datasets.load(str(tmp_path / "c")))
     assert pairs == [(str(copy), str(tmp_path / "c" / "train" / "blue" / "07.png"))]
+
+
+def test_class_names_with_control_characters_are_refused(tmp_path):
+    for name in ("cat", "dog\x1b[2J"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            noisy((90, 90, 90), number).save(tmp_path / name / f"{number}.png")
+    with pytest.raises(datasets.DataError, match=r"class 'dog\\x1b\[2J' has control characters in its name"):
+        datasets.load(str(tmp_path))
+
+
+def test_names_of_bad_files_do_not_steer_the_terminal(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            noisy((90, 90, 90), number).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "cat" / "x\x1b[2J.png").write_bytes(b"")
+    datasets.load(str(tmp_path))
+    assert r"x\x1b[2J.png: " in (err := capsys.readouterr().err) and err[:-1].isprintable()

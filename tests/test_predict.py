@@ -229,6 +229,26 @@ def test_the_shipped_weights_are_those_of_the_default_config():
     assert differ <= {"data", "image_size", "resize", "interpolation", "mean", "std", "run_name"}
 
 
+# ---- names of strangers ----
+
+
+def test_names_steer_neither_terminals_nor_spreadsheets(ask, tmp_path, monkeypatch):
+    names = ["=1+1.png", "+a.png", "-b.png", "@c.png", "d\x1b[2J.png", 'e,"f.png']
+    for name in names:
+        noisy(COLOURS["red"], 1).save(tmp_path / name)
+    (tmp_path / "g\x07.png").write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path)
+    status, lines, errors = ask(*names[:2], "./-b.png", *names[3:], "g\x07.png", "--csv")
+    assert status == 1 and errors.startswith("predict.py: g\\x07.png: ") and errors[:-1].isprintable()
+    cells = [row[0] for row in csv.reader(lines[1:])]
+    assert cells == ["'=1+1.png", "'+a.png", "./-b.png", "'@c.png", "d\\x1b[2J.png", 'e,"f.png']
+    _, lines, _ = ask(tmp_path)
+    assert len(lines) == 6 and all(line.isprintable() for line in lines)
+    _, lines, _ = ask(tmp_path, "--json")
+    assert {json.loads(line)["file"] for line in lines} == {str(tmp_path / name) for name in names}
+    assert all(line.isprintable() for line in lines)
+
+
 # ---- evaluation ----
 
 

@@ -336,7 +336,30 @@ MISTAKES = [
     ("--precision fp16 --device cpu", "fp16 does not train well on cpu"),
     ("--image-size 4 --data shapes", "--image-size 4 is below 8"),
     ("--run-name ../x", "--run-name: '../x' cannot be a folder's name on every system, without a path"),
-    ("--run-name ..", "'..' cannot be a folder's name"),
+    *(
+        (f"--run-name {name}", f"{name!r:.80} cannot be a folder's name on every system, without a path")
+        for name in (
+            "..",
+            ".",
+            "/x",
+            "a/b",
+            "a\\b",
+            "c:",
+            "con",
+            "Aux.txt",
+            "COM1",
+            "lpt9.log",
+            "a.",
+            "x\x1b",
+            "a" * 300,
+        )
+    ),
+    ("--clip-grad -1", "--clip-grad: -1.0 is not at least 0"),
+    ("--patience -1", "--patience: -1 is not at least 0"),
+    ("--time-limit -1", "--time-limit: -1.0 is not at least 0"),
+    ("--keep -1", "--keep: -1 is not at least 0"),
+    ("--resume", "--resume: no unfinished run in logs; --resume RUN --epochs N makes a finished one longer"),
+    ("--resume x", "--resume x: no run there (its folder has a config.toml)"),
     ("--config nowhere.toml", "--config nowhere.toml: No such file or directory"),
 ]
 
@@ -370,6 +393,10 @@ def test_a_wrong_call_ends_in_one_line_and_status_2(flags, message, tmp_path, mo
         ("lr = 1" + 400 * "0", "lr: 1000000"),
         ("[recipe]\nlr = 1", "unknown key 'recipe'"),
         ("lr 3", "not a TOML file"),
+        ("run_name = '../x'", "run_name: '../x' cannot be a folder's name"),
+        ("lr = " + 5000 * "1", "not a TOML file"),
+        ("mean = " + 100_000 * "[", "not a TOML file"),
+        ('"\\u001b[2J" = 1', r"unknown key '\x1b[2J'"),
     ],
 )
 def test_a_wrong_config_file_is_named_with_its_key(content, message, tmp_path, capsys):

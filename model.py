@@ -617,7 +617,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
         if not answer.isfinite().all():
             raise ValueError("its answers are not finite numbers")
     except Exception as error:  # a stranger's file can hold anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise CheckpointError(f"{path}: its weights and its network do not fit: {reason}") from error
     return network, checkpoint
 

@@ -571,16 +571,19 @@ def save(path: Path, checkpoint: dict) -> None:
     write(path, packed(checkpoint))
 
 
-def packed(checkpoint: dict) -> bytes:
+def packed(checkpoint: dict) -> memoryview:
     """A checkpoint as the bytes of a file: torch's zip archive, whose comment is a checksum of all before it.
 
     The checksums inside cover the weights alone, and torch.load looks at none.
     """
     file = io.BytesIO()  # torch.save hides a full disk's OSError behind an error of its own
     torch.save(checkpoint, file)
-    content = file.getbuffer()
-    content[-2:] = CHECKSUM_BYTES.to_bytes(2, "little")  # the comment's length, so far 0
-    return b"%b%08x" % (content, zlib.crc32(content))
+    with file.getbuffer() as content:
+        content[-2:] = CHECKSUM_BYTES.to_bytes(2, "little")  # the comment's length, so far 0
+        checksum = zlib.crc32(content)
+    file.seek(0, io.SEEK_END)
+    file.write(b"%08x" % checksum)
+    return file.getbuffer()
 
 
 def write(path: Path, content: bytes | memoryview) -> None:

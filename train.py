@@ -839,7 +839,7 @@ class Run:
     history: list[dict] = field(default_factory=list)  # the metrics of each epoch
     mistakes: list[str] = field(default_factory=list)  # what the best epoch mistook most, in words
     unsaved: dict[str, str] = field(default_factory=dict)  # files that could not be written, and why
-    best: bytes | None = None  # best.pt, as long as it could not be written
+    best: memoryview | None = None  # best.pt, as long as it could not be written
     about: dict = field(default_factory=dict)  # what is the same in all checkpoints
     pictures: int = 0  # that it trains on
     writer: object = None  # TensorBoard's

@@ -422,14 +422,18 @@ class Clock:
     def seconds(self) -> float:
         return self.before + time.perf_counter() - self.started
 
+    @property
+    def training_ends(self) -> float:
+        """When there is only time left to evaluate and save; some seconds are for what came before this clock."""
+        return self.limit - 1.2 * self.ending - 4
+
     def share(self) -> float:
         """How much of the time for training is over; 0 where there is no limit."""
         self.begun = self.seconds() if self.begun is None else self.begun
-        return min(1.0, (self.seconds() - self.begun) / max(1e-9, self.limit - self.ending - self.begun))
+        return min(1.0, (self.seconds() - self.begun) / max(1e-9, self.training_ends - self.begun))
 
     def is_over(self) -> bool:
-        """Whether there is only time left to evaluate and save."""
-        return self.seconds() + 1.2 * self.ending + 2 > self.limit
+        return self.seconds() > self.training_ends
 
 
 @dataclass

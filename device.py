@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import platform
@@ -157,7 +158,8 @@ class Interrupts:
             raise KeyboardInterrupt
         self.asked = True
         # Not print(), which the signal may have caught in the middle of its work.
-        os.write(2, b"\nstopping after this step, with a checkpoint (once more: at once, without)\n")
+        with contextlib.suppress(OSError):  # tee has ended already, by the same Ctrl-C
+            os.write(2, b"\nstopping after this step, with a checkpoint (once more: at once, without)\n")
 
     def check(self) -> None:
         if self.asked:

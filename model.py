@@ -13,6 +13,8 @@ import io
 import json
 import math
 import os
+import pickle
+import pickletools
 import re
 import sys
 import typing
@@ -39,7 +41,8 @@ LOSSES = ("cross_entropy", "mse", "l1")
 INTERPOLATIONS = ("bilinear", "bicubic")
 TTA = ("none", "mirror", "shift")
 CHECKSUM_BYTES = 8  # of a file's comment: CRC-32 in hexadecimal digits
-LARGEST_PICKLE = 2**24  # bytes of a checkpoint's values other than tensors
+LARGEST_PICKLE = 2**22  # bytes of a checkpoint's values other than tensors
+NEEDED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary classifiers (Szegedy et al. 2014, arxiv.org/abs/1409.4842, part 5)
 
 
@@ -631,11 +634,10 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
+        checkpoint = None
+        if zipfile.is_zipfile(path):
             check_bytes(path)
-        with warnings.catch_warnings(action="ignore"):  # of tensors that are refused below
-            checkpoint = torch.load(path, map_location=device, weights_only=True) if is_zip else None
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(checkpoint, dict) or "format" not in checkpoint:
             problem = "not a whole checkpoint of train.py"
         elif checkpoint["format"] not in range(1, FORMAT + 1):
@@ -647,35 +649,37 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
     except OSError as error:
         problem = f"cannot be read: {error.strerror or error}"
     except Exception as error:  # torch raises many kinds for damaged files
-        if "weights_only" in str(error) or "Weights only" in str(error):
+        problem = "the file is damaged or cut short"
+        if isinstance(error, pickle.UnpicklingError):
             problem = "the file holds Python objects, which could run code; it was not loaded"
-        else:
-            problem = "the file is damaged or cut short"
     if problem:
         raise CheckpointError(f"{path}: {problem}")
     return checkpoint
 
 
 def check_bytes(path: Path) -> None:
-    """Raise ValueError or BadZipFile unless all bytes are as they were written, and reading them takes no more memory
-    than the file is large."""
+    """Raise an error unless all bytes are as they were written, and reading them takes about as much memory as the file
+    is large: UnpicklingError if it is for objects that are neither tensors nor plain values."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("compressed")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("larger inside than outside")
-        if max(entry.file_size for entry in entries if entry.filename.endswith(".pkl")) > LARGEST_PICKLE:
-            raise ValueError("too many values")
-        if not archive.comment:  # of a version that wrote no checksum over the whole file
-            if archive.testzip() is not None:
-                raise ValueError("altered")
-            return
         left, checksum = path.stat().st_size - CHECKSUM_BYTES, 0
-        while part := file.read(min(left, 2**20)):
+        while archive.comment and (part := file.read(min(left, 2**20))):
             left, checksum = left - len(part), zlib.crc32(part, checksum)
-        if archive.comment != b"%08x" % checksum:
+        # Earlier versions wrote no checksum over the whole file.
+        if archive.comment != b"%08x" % checksum if archive.comment else archive.testzip() is not None:
             raise ValueError("altered")
+        [values] = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+        if values.file_size > LARGEST_PICKLE:
+            raise ValueError("too many values")
+        # weights_only=True allows more than what a checkpoint needs, a bytearray of any size for example.
+        for operation, of, _ in pickletools.genops(archive.read(values)):
+            named = "GLOBAL" in operation.name or operation.name in ("INST", "OBJ", "NEWOBJ", "EXT1", "EXT2", "EXT4")
+            if named and not NEEDED.fullmatch(str(of)):
+                raise pickle.UnpicklingError(f"{of}")
 
 
 def bad_content(checkpoint: dict) -> str | None:

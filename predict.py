@@ -159,7 +159,8 @@ def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, dev
     """Loss, accuracy, accuracy a class and confusion counts (rows: truth) on a test set. Raises DataError."""
     classes, config = checkpoint["classes"], checkpoint["config"]
     how = {name: checkpoint[name] for name in ("image_size", "resize", "interpolation", "mean", "std")}
-    how |= {"val_fraction": config.get("val_fraction", 0.0), "data_url": config.get("data_url", "")}
+    fraction = config.get("val_fraction", 0.0)
+    how["val_fraction"] = fraction if isinstance(fraction, float) and 0 <= fraction < 1 else 0.0
     [test_set] = datasets.load(data, data_dir, device=device, splits=["test"], **how)
     if strange := [name for name in test_set.classes if name not in classes]:
         raise datasets.DataError(f"{data}: the checkpoint does not know class {strange[0]!r}; {', '.join(classes)}")

@@ -5,9 +5,11 @@
 
 import argparse
 import contextlib
+import errno
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +45,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
 INTERRUPTED = "interrupted.pt"  # the checkpoint in the middle of an epoch
 LOCK, LOCK_SECONDS = "run.lock", 6  # workers of a killed process notice that within 5 seconds
+RESOLVED = {"image_size", "resize", "interpolation", "activation", "mean", "std"}  # where "auto" becomes a value
 LATER = {"data_dir", "data_url", "epochs"}  # and settings of the machine and the run can change in a resumed run
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\xb9\xb2\xb3]|conin\$|conout\$)([. ].*)?", re.IGNORECASE)
 
@@ -225,7 +228,7 @@ def parse(argv: list[str] | None, run: "Run | None" = None) -> Config:
             config = replace(config, **given)
         else:
             run = run or Run()
-            reopen(run, find_run(args.resume, given.get("log_dir", config.log_dir), given.get("epochs", 0)))
+            reopen(run, find_run(args.resume, given.get("log_dir", config.log_dir), given))
             config = resumed_config(run, given)
         check_together(config, new=args.resume is None)
     except ConfigError as error:
@@ -282,6 +285,8 @@ def problem(key: Field, value: object) -> str | None:
     rules, kinds = key.metadata, (int, float) if key.type is float else key.type
     if not isinstance(value, kinds) or (isinstance(value, bool) and key.type is not bool):
         return f"{value!r} is not of type {key.type.__name__}"
+    if key.type is str and not value.isprintable():  # which no UTF-8 file of settings could hold, or no terminal show
+        return f"{value!r:.80} has characters that cannot be printed"
     if "choices" in rules and value not in rules["choices"]:
         return f"{value!r} is not one of {', '.join(rules['choices'])}{suggestion(value, rules['choices'])}"
     if trouble := "check" in rules and rules["check"](value):
@@ -316,7 +321,7 @@ def check_together(config: Config, new: bool = True) -> None:
     if config.model in NETWORKS and config.batch_norm and config.batch_size == 1 and config.freeze != "all":
         raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
     folder = Path(config.log_dir) / config.run_name
-    if new and config.run_name and folder.exists():
+    if new and config.run_name and folder.exists() and not (folder.is_dir() and is_empty(folder)):
         hint = f"; --resume {quoted(folder)} goes on with it" if (folder / "config.toml").exists() else ""
         raise ConfigError(f"--run-name {config.run_name}: {folder} exists already{hint}")
 
@@ -508,6 +513,9 @@ class Trainer:
         self.schedule.step()
         return loss.detach(), logits.detach()
 
+    def end_epoch(self) -> None:
+        self.shares, self.sums = self.sums.shares, None
+
     def gradient_norm(self) -> float:
         """The length of the last step's gradient, over all that trains."""
         if self.norm is not None:
@@ -516,23 +524,37 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """What resuming needs beside the weights."""
-        parts = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
-        state = {name: part.state_dict() for name, part in parts.items()} | {"shares": self.shares}
-        clock = {"before": self.clock.seconds(), "begun": self.clock.begun}
-        return state | {"sums": asdict(self.sums) if self.sums else None, "clock": clock}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {"last_epoch": self.schedule.last_epoch},
+            "scaler": self.scaler.state_dict(),
+            "shares": self.shares,
+            "sums": asdict(self.sums) if self.sums else None,
+            "clock": {"before": self.clock.seconds(), "begun": self.clock.begun},
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from there, at the learning rate that the schedule, perhaps a longer one now, has for that step."""
         self.clock.before, self.clock.begun = state["clock"]["before"], state["clock"]["begun"]
-        for part in ("optimizer", "schedule", "scaler"):
-            if state[part]:  # a scaler that does nothing has no state
-                getattr(self, part).load_state_dict(state[part])
+        # Of the file only what training has found: all that the config says is the trainer's own.
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        for parameter, found in self.optimizer.state.items():
+            if found["momentum_buffer"] is not None and found["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("a momentum has another shape than its weight")
+        if state["scaler"]:  # one that does nothing has no state
+            self.scaler.load_state_dict(state["scaler"])
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
         shares = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        lrs = [base * share(self.schedule.last_epoch) for base, share in shares]
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+        self.schedule._last_lr = [base * share(self.schedule.last_epoch) for base, share in shares]
+        for group, lr in zip(self.optimizer.param_groups, self.schedule._last_lr, strict=True):
             group["lr"] = lr
-        self.schedule._last_lr = lrs
-        self.sums, self.shares = Sums(**state["sums"]) if state["sums"] else None, state["shares"]
+        self.shares = None if state["shares"] is None else state["shares"].to(self.device)
+        if state["sums"]:
+            sums = {key: of.to(self.device) if isinstance(of, Tensor) else of for key, of in state["sums"].items()}
+            self.sums = Sums(**sums)
+            numbers = [value for key, value in sums.items() if key not in ("correct", "shares")]
+            if self.sums.correct.dtype != torch.int64 or not all(isinstance(number, int | float) for number in numbers):
+                raise ValueError("the sums of its epoch are no numbers")
 
 
 def learning_rate(config: Config, steps: int, step: float) -> float:
@@ -541,7 +563,7 @@ def learning_rate(config: Config, steps: int, step: float) -> float:
     `onecycle` climbs for a fifth of the run and falls for the rest, both in a straight line (after Smith 2018,
     arxiv.org/abs/1803.09820); `cosine` falls along half a wave (Loshchilov and Hutter 2017, arxiv.org/abs/1608.03983).
     """
-    done = step / steps
+    done = min(1.0, step / max(1, steps))
     if config.schedule == "onecycle":
         return min((step + 1) / (0.2 * steps + 1), (1 - done) / 0.8)
     if config.schedule == "cosine":
@@ -731,9 +753,10 @@ def kept(pictures: int, config: Config, epoch: int) -> int:
 
 def all_steps(history: list[dict], pictures: int, config: Config) -> int:
     """The steps of a run: those of its finished epochs, and those to come."""
-    epochs = range(len(history) + 1, config.epochs + 1)
-    to_come = sum(len(datasets.cuts(kept(pictures, config, epoch), config.batch_size)) for epoch in epochs)
-    return to_come + (history[-1]["step"] if history else 0)
+    middle = math.ceil(config.epochs / 2)
+    on_all, on_hardest = max(0, middle - len(history)), config.epochs - max(middle, len(history))
+    first, last = (len(datasets.cuts(kept(pictures, config, at), config.batch_size)) for at in (middle, middle + 1))
+    return (history[-1]["step"] if history else 0) + on_all * first + max(0, on_hardest) * last
 
 
 def train_epoch(
@@ -746,7 +769,8 @@ def train_epoch(
 ) -> dict:
     """One pass over the training pictures, or the rest of one that `trainer.sums` began; returns its metrics.
 
-    `stop` is asked after each step whether to leave it there. Raises TrainingError when the loss is not finite.
+    `stop` is asked after each step whether to leave it there; `trainer.sums` then tells where that is. Raises
+    TrainingError when the loss is not finite.
     """
     from tqdm import tqdm
 
@@ -783,6 +807,8 @@ def train_epoch(
         if leave:
             break
     sums.seconds += time.perf_counter() - start
+    if sums.step == len(parts):
+        trainer.end_epoch()
     return {
         "epoch": epoch,
         "step": steps_before + sums.step,
@@ -832,6 +858,9 @@ def evaluate(
 # ---- the run folder ------------------------------------------------------------------------------------------------
 
 
+RESUMED = ("history", "trained", "mistakes", "pictures")  # what of a Run its checkpoints hold
+
+
 @dataclass
 class Run:
     """A run's folder, which this process alone may write to, and what is known of its finished epochs."""
@@ -841,6 +870,7 @@ class Run:
     network: nn.Module | None = None  # with `checkpoint`, what a resumed run goes on from
     checkpoint: dict = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)  # the metrics of each epoch
+    trained: dict | None = None  # the metrics of an epoch that was not evaluated yet
     mistakes: list[str] = field(default_factory=list)  # what the best epoch mistook most, in words
     unsaved: dict[str, str] = field(default_factory=dict)  # files that could not be written, and why
     best: memoryview | None = None  # best.pt, as long as it could not be written
@@ -856,8 +886,7 @@ class Run:
         if self.writer:
             self.attempt("TensorBoard's events", self.writer.flush)
         if self.lock:
-            with contextlib.suppress(OSError):  # Windows removes none that is open; the lock does it there
-                (self.folder / LOCK).unlink()
+            remove(self.folder / LOCK)  # Windows removes none that is open; the lock does it there
             self.lock.release()
         last = next((path for path in reversed(self.epoch_files()) if path.exists()), "none yet")
         if isinstance(error, TrainingError) and not self.unsaved:
@@ -890,14 +919,19 @@ class Run:
         model.write(self.folder / "metrics.jsonl", lines.encode())
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """A run's metrics.jsonl, empty before the first epoch's end. Raises OSError or ValueError."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+def remove(path: Path) -> None:
+    """Remove a file, if it is there and nobody (a virus scanner, on Windows) has it open."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def has_ended(history: list[dict], config: Config) -> bool:
     return bool(history) and ("ended" in history[-1] or len(history) >= config.epochs)
+
+
+def split_of(history: list[dict]) -> str:
+    """The pictures that choose the best epoch: val, where some were held out of training, else test."""
+    return "val" if "val_accuracy" in history[-1] else "test"
 
 
 def best_of(history: list[dict], split: str) -> dict:
@@ -910,48 +944,88 @@ def epoch_file(epoch: int) -> str:
 
 
 def open_folder(run: Run, config: Config, about: dict, step: int) -> None:
-    """Make a new run's folder, never an existing one, and open all that is written into it, from after this step on.
+    """Make a new run's folder, and open all that is written into it, from after this step on.
 
-    Raises OSError.
+    Folders with something in them are left alone. Raises OSError.
     """
     again = run.folder is not None
-    name = config.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model}"
-    Path(config.log_dir).mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        if run.folder:
-            break
-        folder = Path(config.log_dir) / (name if number == 1 else f"{name}_{number}")
-        try:
-            folder.mkdir()
-            run.folder, run.lock = folder, FileLock(folder / LOCK)
-            run.lock.acquire()
-        except FileExistsError:  # another run started in the same second
-            if config.run_name:
-                raise
+    if not again:
+        make_folder(run, config)
     model.write(run.folder / "config.toml", as_toml(config).encode())
     run.about, run.writer = about, views.board(run.folder, step + bool(step) if again else None)
     if again:
+        mend_best(run)
         run.write_metrics()
 
 
-def find_run(name: str, log_dir: str, epochs: int) -> Path:
-    """The folder of the run called so, or that lies there; without a name, of the newest one that can go on.
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is in it but a lock: what a process leaves that is killed before it writes anything."""
+    return {path.name for path in folder.iterdir()} <= {LOCK}
 
-    A run with fewer than `epochs` epochs can. Raises ConfigError.
-    """
-    if name:
-        for folder in (Path(name), Path(log_dir, name)):
-            if (folder / "config.toml").is_file():
-                return folder
-        runs = [path.parent.name for path in Path(log_dir).glob("*/config.toml")]
-        raise ConfigError(f"--resume {name}: no run there (its folder has a config.toml){suggestion(name, runs)}")
+
+def make_folder(run: Run, config: Config) -> None:
+    name = config.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model}"
+    Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = Path(config.log_dir) / (name if number == 1 else f"{name}_{number}")
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        with contextlib.suppress(Timeout):  # another run, started in the same second
+            lock.acquire(timeout=0)
+            if is_empty(folder):
+                run.folder, run.lock = folder, lock
+                return
+            lock.release()
+        if config.run_name:
+            raise FileExistsError(errno.EEXIST, "another run has this folder", str(folder))
+
+
+def mend_best(run: Run) -> None:
+    """Make best.pt anew from its epoch's checkpoint, if the disk had no room for it, or it is gone."""
+    epoch = best_of(run.history, split_of(run.history))["epoch"] if run.history else 0
+    try:
+        held = model.read(run.folder / "best.pt")["epoch"]
+    except model.CheckpointError:
+        held = 0
+    if held == epoch or held > len(run.history):  # the latter is of an epoch that is done again
+        return
+    try:
+        checkpoint = model.read(run.folder / epoch_file(epoch))
+        run.best = model.packed({key: value for key, value in checkpoint.items() if key != "training"})
+    except model.CheckpointError as error:
+        print(f"train.py: best.pt is not that of epoch {epoch}, and cannot be made anew: {error}", file=sys.stderr)
+    save_best(run)
+
+
+def find_run(name: str, log_dir: str, given: dict) -> Path:
+    """The folder of the run called so, or that lies there; without a name, of the newest one that can go on, be it
+    because of what was `given` anew. Raises ConfigError."""
     folders = [path.parent for path in Path(log_dir).glob("*/config.toml")]
-    for folder in sorted(folders, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))[::-1]:
+    for folder in (Path(name), Path(log_dir, name)) if name else ():
+        if (folder / "config.toml").is_file():
+            return folder
+    if name:
+        known = suggestion(name, [folder.name for folder in folders])
+        raise ConfigError(f"--resume {name}: no run there (its folder has a config.toml){known}")
+
+    def newest(folder: Path) -> float:
+        found = [folder / name for name in ("config.toml", "metrics.jsonl", "best.pt", INTERRUPTED)]
+        return max((path.stat().st_mtime for path in found if path.exists()), default=0.0)
+
+    for folder in sorted(folders, key=newest, reverse=True):
         try:
-            config, history = read_config(folder / "config.toml"), read_metrics(folder)
+            config = read_config(folder / "config.toml")
+            history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        except FileNotFoundError:  # no epoch has ended
+            return folder
         except (ConfigError, OSError, ValueError):
             continue  # of another version, or damaged: it has to be named
-        if epochs > config.epochs or not has_ended(history, config):
+        last = history[-1] if history and isinstance(history[-1], dict) else {}
+        longer = any(
+            given.get(name, was := getattr(config, name)) != was for name in (last.get("ended"), "epochs") if name
+        )
+        whole = (folder / epoch_file(len(history))).exists()  # else killed while it wrote the last of its files
+        if longer or not whole or not has_ended(history, config):
             return folder
     raise ConfigError(f"--resume: no unfinished run in {log_dir}; --resume RUN --epochs N makes a finished one longer")
 
@@ -968,7 +1042,7 @@ def reopen(run: Run, folder: Path) -> None:
         raise ConfigError(f"--resume {folder}: another process is training this run") from None
     run.folder, run.lock = folder, lock
     for part in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-        part.unlink(missing_ok=True)
+        remove(part)
     found = sorted(folder.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
     for path in [path for path in (folder / INTERRUPTED, *found) if path.exists()]:
         try:
@@ -976,10 +1050,13 @@ def reopen(run: Run, folder: Path) -> None:
         except model.CheckpointError as error:
             print(f"train.py: {error}; trying the checkpoint before", file=sys.stderr)
             continue
-        if path.name != INTERRUPTED or not (folder / epoch_file(checkpoint["epoch"] + 1)).exists():
+        if path.name != INTERRUPTED or epoch_file(checkpoint["epoch"]) >= max(
+            (path.name for path in found), default=""
+        ):
             run.network, run.checkpoint = network, checkpoint
             return
-    if found or len(read_metrics(folder)) > 1:  # an only epoch's metrics may be there before its checkpoint
+    epochs = folder / "metrics.jsonl"  # the first one's are there before its checkpoint
+    if found or (epochs.exists() and epochs.read_bytes().count(b"\n") > 1):
         hint = f"--weights {quoted(folder / 'best.pt')} starts a new run from its best weights"
         raise model.CheckpointError(f"{folder}: none of its checkpoints can be resumed; {hint}")
 
@@ -989,19 +1066,19 @@ def go_on(run: Run, trainer: Trainer, train_set: datasets.Pictures, config: Conf
 
     Raises CheckpointError where the checkpoint does not fit, DataError where the pictures are others now.
     """
-    run.pictures = len(train_set)
+    if run.folder and not run.checkpoint:
+        print(f"{run.folder}: no checkpoint yet, starts anew", file=sys.stderr)
     if not run.checkpoint:
-        if run.folder:
-            print(f"{run.folder}: no checkpoint yet, starts anew", file=sys.stderr)
+        run.pictures = len(train_set)
         return
     training, epochs = run.checkpoint["training"], run.checkpoint["config"]["epochs"]
-    if train_set.classes != run.checkpoint["classes"] or len(train_set) != training["pictures"]:
-        raise datasets.DataError(f"{config.data}: not the {training['pictures']:,} pictures that the run trained on")
+    if train_set.classes != run.checkpoint["classes"] or len(train_set) != run.pictures:
+        raise datasets.DataError(f"{config.data}: not the {run.pictures} pictures that the run trained on")
     try:
         trainer.load_state_dict(training)
     except Exception as error:  # a stranger's file can hold anything
-        raise model.CheckpointError(f"{run.folder}: its training cannot go on: {error}") from error
-    where = f" at step {trainer.sums.step}" if trainer.sums else ""
+        raise model.CheckpointError(f"{run.folder}: its training cannot go on: {str(error)[:200]}") from error
+    where = f" at step {trainer.sums.step}" if trainer.sums else " with its evaluation" if run.trained else ""
     where = "is finished" if has_ended(run.history, config) else f"goes on in epoch {len(run.history) + 1}{where}"
     print(f"{run.folder}: {where}", file=sys.stderr)
     if epochs != config.epochs:
@@ -1016,31 +1093,66 @@ def go_on(run: Run, trainer: Trainer, train_set: datasets.Pictures, config: Conf
 def resumed_config(run: Run, given: dict) -> Config:
     """The run's own config, with what was given anew. Raises ConfigError for what cannot change any more, and
     CheckpointError for a checkpoint without what resuming needs."""
+    config = read_config(run.folder / "config.toml")
     if run.checkpoint:
         try:
-            config = Config(**checked(run.checkpoint["config"], str))
-            run.history, run.mistakes = (run.checkpoint["training"][name] for name in ("history", "mistakes"))
-            fits = config.model == run.checkpoint["model"]["name"] and len(run.history) == run.checkpoint["epoch"]
-        except (ConfigError, KeyError, TypeError) as error:
+            of_run = Config(**checked(run.checkpoint["config"], str))
+            for name in RESUMED:
+                setattr(run, name, run.checkpoint["training"][name])
+            problem = bad_history(run, of_run)
+        except (ConfigError, KeyError, TypeError, AttributeError) as error:
             raise model.CheckpointError(f"{run.folder}: its checkpoint cannot be resumed by this version") from error
-        if not fits or not all(isinstance(metrics, dict) and model.is_plain(metrics) for metrics in run.history):
-            raise model.CheckpointError(f"{run.folder}: its checkpoint's parts do not belong together")
-    else:
-        config = read_config(run.folder / "config.toml")
+        if problem:
+            raise model.CheckpointError(f"{run.folder}: its checkpoint's {problem}")
+        # What can change was perhaps changed after that checkpoint.
+        config = replace(
+            of_run, **{name: getattr(config, name) for name in Config.__dataclass_fields__ if may_change(name)}
+        )
+    if given.get("run_name") == run.folder.name:
+        del given["run_name"]
     for name, value in given.items():
-        may_change = name in LATER or Config.__dataclass_fields__[name].metadata["group"] in ("machine", "run")
-        if value != getattr(config, name) and (not may_change or name == "run_name"):
+        same = value == getattr(config, name) or (name in RESOLVED and value in ("auto", 0, ()))
+        if not same and not may_change(name) and not (name == "data" and Path(value).is_dir()):
             raise ConfigError(
                 f"{flag(name)}: the run has {getattr(config, name)!r}, which cannot change any more; "
                 f"--weights {quoted(run.folder / 'best.pt')} starts a new run from its weights"
             )
-    if "epochs" in given and config.epochs > given["epochs"] <= len(run.history):
-        raise ConfigError(f"--epochs {given['epochs']}: the run has {len(run.history)} epochs already")
+    given = {name: value for name, value in given.items() if may_change(name) or name == "data"}
     changed = replace(config, **given | {"log_dir": str(run.folder.parent), "run_name": ""})
-    longer = ("epochs", "patience", "time_limit")
-    if run.history and any(getattr(changed, name) != getattr(config, name) for name in longer):
-        run.history[-1].pop("ended", None)
+    if config.epochs > changed.epochs <= len(run.history):
+        raise ConfigError(f"--epochs {changed.epochs}: the run has {len(run.history)} epochs already")
+    if config.epochs != changed.epochs and config.hardest < 1 and run.checkpoint["training"]["sums"]:
+        raise ConfigError("--epochs: --hardest pictures of an interrupted epoch depend on it; first go on without it")
+    why = run.history[-1].get("ended") if run.history else None
+    if why and (getattr(changed, why) != getattr(config, why) or changed.epochs > config.epochs):
+        del run.history[-1]["ended"]
     return changed
+
+
+def may_change(name: str) -> bool:
+    """Whether a setting can be another when a run goes on."""
+    group = Config.__dataclass_fields__[name].metadata["group"]
+    return name in LATER or (group in ("machine", "run") and name != "run_name")
+
+
+def bad_history(run: Run, config: Config) -> str | None:
+    """What is wrong with what a checkpoint tells of its run, in words; None when nothing is."""
+    split = split_of(run.history) if run.history else ""
+    numbers = ("epoch", "step", "lr", "train_loss", "train_accuracy", f"{split}_loss", f"{split}_accuracy")
+    if config.model != run.checkpoint["model"]["name"] or len(run.history) != run.checkpoint["epoch"]:
+        return "parts do not belong together"
+    for number, metrics in enumerate(run.history, 1):
+        known = all(isinstance(metrics[name], int | float) for name in numbers) and metrics["epoch"] == number
+        if (
+            not known
+            or not model.is_plain(metrics)
+            or metrics.get("ended", "patience") not in ("patience", "time_limit")
+        ):
+            return "history holds impossible values"
+    trained = run.trained is None or (model.is_plain(run.trained) and {*numbers[:5]} <= {*run.trained})
+    if not trained or not isinstance(run.pictures, int) or not all(name.isprintable() for name in run.mistakes):
+        return "training holds impossible values"
+    return None
 
 
 def show_start(writer, network: nn.Module, split: str, config: Config, device: torch.device) -> None:
@@ -1157,7 +1269,9 @@ def about(config: Config, options: dict, classes: list[str]) -> dict:
 
 def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], split: str, config: Config) -> bool:
     """Take an epoch into the run's history, with the reason if it is to be the last; whether it is the best so far."""
-    trainer.shares, trainer.sums = trainer.sums.shares, None
+    run.trained = None
+    if trainer.sums:  # no time was left for the rest
+        trainer.end_epoch()
     run.history.append(metrics)
     since_best = len(run.history) - best_of(run.history, split)["epoch"]
     if not since_best:
@@ -1171,8 +1285,8 @@ def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], 
 
 def save(run: Run, trainer: Trainer, name: str) -> bool:
     """Write a checkpoint with all that resuming needs; whether the disk took it."""
-    training = trainer.state_dict() | {"history": run.history, "mistakes": run.mistakes}
-    training["pictures"] = run.pictures
+    of_run = {name: getattr(run, name) for name in RESUMED}
+    training = trainer.state_dict() | of_run
     return run.attempt(name, lambda: model.save(run.folder / name, run.checkpoint_of(trainer) | {"training": training}))
 
 
@@ -1184,21 +1298,30 @@ def save_epoch(run: Run, trainer: Trainer, config: Config, is_best: bool) -> Non
     run.attempt("TensorBoard's events", run.writer.flush)
     run.attempt("metrics.jsonl", run.write_metrics)
     run.best = model.packed(run.checkpoint_of(trainer)) if is_best else run.best
-    if run.best and run.attempt("best.pt", lambda: model.write(run.folder / "best.pt", run.best)):
-        run.best = None
+    save_best(run)
     if save(run, trainer, epoch_file(len(run.history))):
-        (run.folder / INTERRUPTED).unlink(missing_ok=True)
+        remove(run.folder / INTERRUPTED)
         for path in run.epoch_files()[: -config.keep] if config.keep else ():
-            path.unlink(missing_ok=True)
+            remove(path)
             run.unsaved.pop(path.name, None)
 
 
-def leave(run: Run, trainer: Trainer) -> int:
+def save_best(run: Run) -> None:
+    """Write best.pt, if it is to be written anew."""
+    if run.best and run.attempt("best.pt", lambda: model.write(run.folder / "best.pt", run.best)):
+        run.best = None
+
+
+def leave(run: Run, trainer: Trainer, trained: dict) -> int:
     """Save an interrupted run, and say how to go on; returns the exit status."""
-    save(run, trainer, INTERRUPTED)
-    where = f"epoch {len(run.history) + 1}, step {trainer.sums.step}"
-    print(f"train.py: interrupted in {where}; this goes on from there, to the same result:", file=sys.stderr)
-    print(f"python train.py --resume {quoted(run.folder)}")
+    run.trained = None if trainer.sums else trained  # of an epoch whose steps are all done
+    save_best(run)
+    where = f"epoch {len(run.history) + 1}, {f'step {trainer.sums.step}' if trainer.sums else 'after its steps'}"
+    saved = save(run, trainer, INTERRUPTED)
+    how = "from there, to the same result" if saved else "from the checkpoint before"
+    with contextlib.suppress(OSError):  # who read the output may have ended by the same Ctrl-C
+        print(f"train.py: interrupted in {where}; this goes on {how}:", file=sys.stderr)
+        print(f"python train.py --resume {quoted(run.folder)}", flush=True)
     return 130
 
 
@@ -1217,6 +1340,9 @@ def finish(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Co
     Raises TrainingError when something could not be saved.
     """
     split = sets[0].split
+    save_best(run)
+    if run.best:
+        raise TrainingError(f"not saved: best.pt ({run.unsaved['best.pt']})")
     best, mistakes = best_of(run.history, split), run.mistakes
     if len(sets) == 1:
         result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
@@ -1294,20 +1420,21 @@ def main(argv: list[str] | None = None) -> int:
         with Interrupts() as interrupts:
             while not has_ended(run.history, config):
                 epoch, stop = len(run.history) + 1, lambda: interrupts.asked or clock.is_over()
-                metrics = train_epoch(trainer, epoch_sets[0], config, epoch, run.writer, stop)
+                metrics = run.trained or train_epoch(trainer, epoch_sets[0], config, epoch, run.writer, stop)
                 trained_seconds = clock.seconds()
                 try:
                     held_out, *answers = evaluate(trainer, epoch_sets[1], config, interrupts.check)
                 except Interrupted:
-                    return leave(run, trainer)
-                is_best = end_epoch(run, trainer, metrics | held_out, answers, split, config)
+                    return leave(run, trainer, metrics)
+                metrics |= held_out
+                is_best = end_epoch(run, trainer, metrics, answers, split, config)
                 ends = has_ended(run.history, config)
                 show(run.writer, network, shown_sets, epoch, metrics["step"], config, answers, ends)
-                log(run.writer, run.history[-1], memory_used(device))
+                log(run.writer, metrics, memory_used(device))
                 if ends and config.views and config.embedding:
                     views.attempt("embedding", lambda: show_embedding(run, network, head, eval_sets[0], config))
                 save_epoch(run, trainer, config, is_best)
-                print(line(run.history[-1], split, config, is_best), flush=True)
+                print(line(metrics, split, config, is_best), flush=True)
                 clock.ending = max(clock.ending, (clock.seconds() - trained_seconds) * len(eval_sets))
         finish(run, trainer, eval_sets, config)
     return 0
@@ -1323,11 +1450,17 @@ def cli(argv: list[str] | None = None) -> int:
         print(f"train.py: {model.printable(message)}", file=sys.stderr)
         return 2 if isinstance(error, WRONG_CALL) else 1
     except KeyboardInterrupt as interrupt:
-        print("train.py: interrupted; what was saved before is whole", file=sys.stderr)
-        for how_to_go_on in getattr(interrupt, "__notes__", []):
-            print(how_to_go_on)
+        with contextlib.suppress(OSError):
+            print("train.py: interrupted; what was saved before is whole", file=sys.stderr)
+            for how_to_go_on in getattr(interrupt, "__notes__", []):
+                print(how_to_go_on, flush=True)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    status = cli()
+    try:
+        sys.stdout.flush()
+    except OSError:  # who read it has ended, and Python would say so at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

@@ -283,6 +283,13 @@ def test_saving_replaces_a_file_whole_or_not_at_all(checkpoint, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
+class Large:
+    """Thirty bytes that become two thousand million."""
+
+    def __reduce__(self):
+        return (bytearray, (2 * 10**9,))
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("code ran",))
@@ -371,6 +378,7 @@ STRANGE = {  # what a stranger may put into a checkpoint, by what it is
         "state_dict": weights | {"head.weight": torch.zeros(1).expand(10**6, 10**6)}
     },
     "a sparse tensor": lambda weights: {"state_dict": weights | {"head.bias": torch.zeros(10**4).to_sparse()}},
+    "a bytearray of any size": lambda _: {"metrics": {"a": Large()}},
     "not finite": lambda weights: {"state_dict": weights | {"head.bias": torch.full((3,), math.nan)}},
     "a million times as wide": lambda _: {"model": {"name": "fast", "options": {"classes": 3, "width": 1e6}}},
     "a thousand million classes": lambda _: {"model": {"name": "cifar_quick", "options": {"classes": 10**9}}},
@@ -420,7 +428,8 @@ STRANGE = {  # what a stranger may put into a checkpoint, by what it is
         ("compressed", "damaged or cut short"),
         ("many values", "damaged or cut short"),
         ("a view of one number", "'state_dict' holds something else"),
-        ("a sparse tensor", "'state_dict' holds something else"),
+        ("a sparse tensor", "could run code; it was not loaded"),
+        ("a bytearray of any size", "could run code; it was not loaded"),
         ("not finite", "answers are not finite numbers"),
         ("a million times as wide", "impossible values"),
         ("a thousand million classes", "impossible values"),

@@ -124,7 +124,7 @@ def test_an_interrupted_evaluation_is_done_again(whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "outputs", interrupted)
     assert started(tmp_path, "a", *VARIANTS["plain"].split()) == 130
-    assert torch.load(tmp_path / "a" / "interrupted.pt", weights_only=True)["training"]["sums"]["step"] == 20
+    assert torch.load(tmp_path / "a" / "interrupted.pt", weights_only=True)["training"]["trained"]["step"] == 20
     assert train.cli(["--resume", str(tmp_path / "a")]) == 0
     assert not differences(whole["plain"], contents(tmp_path / "a"))
 
@@ -135,12 +135,14 @@ def test_dropout_and_streamed_files_go_on_exactly_too(colour_folder, at_step, tm
     at_step[6 + 5] = send(signal.SIGINT)
     for name, status in (("whole", 0), ("cut", 130)):
         assert train.cli([*flags, "--log-dir", str(tmp_path), "--run-name", name]) == status
-    assert train.cli(["--resume", str(tmp_path / "cut"), "--workers", "0", "--keep", "2"]) == 0
+    assert (
+        train.cli(["--resume", str(tmp_path / "cut"), "--workers", "0", "--keep", "2"]) == 0
+    )  # settings that can change
     found = [contents(tmp_path / name) for name in ("whole", "cut")]
     for checkpoint in found[0].values(), found[1].values():
         for part in checkpoint:
             if isinstance(part, dict):
-                assert (part["config"].pop("workers"), part["config"].pop("keep")) in {(2, 0), (0, 2)}
+                assert (part["config"].pop("workers"), part["config"].pop("keep")) in {(2, 0), (0, 2), (2, 2)}
     assert not differences(*found)
 
 
@@ -282,10 +284,21 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, capsys):
     assert "none of its checkpoints can be resumed; --weights" in capsys.readouterr().err
 
 
+STRANGE = {
+    "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}},
+    "history": [{"epoch": 1}, {"epoch": 2}],
+    "mistakes": ["\x1b]0;x"],
+    "trained": {"epoch": 1},
+    "pictures": "200",
+    "clock": None,
+    "sums": {"correct": torch.zeros((), dtype=torch.int64), "step": "x"},
+    "schedule": {"last_epoch": "x"},
+    "shares": 3,
+}
+
+
 def test_a_checkpoint_whose_training_state_was_changed_is_refused(two_epochs, tmp_path, capsys):
-    for number, (key, value) in enumerate(
-        {"optimizer": {"state": {}, "param_groups": []}, "history": [1], "clock": None, "sums": {"a": 1}}.items()
-    ):
+    for number, (key, value) in enumerate(STRANGE.items()):
         run = tmp_path / str(number)
         shutil.copytree(two_epochs, run)
         checkpoint = torch.load(run / "epoch_002.pt", weights_only=True)
@@ -294,6 +307,92 @@ def test_a_checkpoint_whose_training_state_was_changed_is_refused(two_epochs, tm
         assert train.cli(["--resume", str(run), "--epochs", "3"]) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"train.py: {run}: its ") and "Traceback" not in error, key
+
+
+def test_settings_given_when_it_went_on_are_kept_when_it_is_cut_again(tmp_path, at_step, capsys):
+    assert started(tmp_path, "a", "--epochs", "2") == 0
+    at_step[41] = send(signal.SIGINT, signal.SIGINT)
+    assert resumed(tmp_path, "a", "--epochs", "4", "--keep", "1") == 130
+    assert resumed(tmp_path) == 0  # the newest unfinished one
+    assert "epoch 4/4" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "a").glob("epoch*.pt")} == {"epoch_004.pt"}
+
+
+def test_a_process_killed_before_its_last_checkpoint_left_an_unfinished_run(tmp_path, whole):
+    assert started(tmp_path, "a", *VARIANTS["plain"].split()) == 0
+    (tmp_path / "a" / "epoch_003.pt").unlink()
+    (tmp_path / "a" / "best.pt").unlink()  # is made anew
+    assert resumed(tmp_path) == 0
+    assert not differences(whole["plain"], contents(tmp_path / "a"))
+
+
+def test_best_is_made_anew_from_its_epochs_checkpoint(tmp_path, whole, capsys):
+    assert started(tmp_path, "a", *VARIANTS["plain"].split()) == 0
+    (tmp_path / "a" / "best.pt").unlink()
+    assert resumed(tmp_path, "a") == 0
+    assert not differences(whole["plain"], contents(tmp_path / "a"))
+    (tmp_path / "a" / "best.pt").unlink()
+    for path in (tmp_path / "a").glob("epoch_00[12].pt"):
+        path.unlink()
+    capsys.readouterr()
+    assert resumed(tmp_path, "a") == 0
+    assert "best.pt is not that of epoch 1, and cannot be made anew: " in capsys.readouterr().err
+
+
+def test_the_length_cannot_change_in_an_epoch_whose_pictures_hang_on_it(tmp_path, at_step, capsys):
+    at_step[7] = send(signal.SIGINT)
+    assert started(tmp_path, "a", "--hardest", "0.5") == 130
+    assert resumed(tmp_path, "a", "--epochs", "2") == 2
+    assert "--epochs: --hardest pictures of an interrupted epoch depend on it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hardest", [1.0, 0.3])
+@pytest.mark.parametrize(("done", "epochs"), [(0, 1), (0, 2), (0, 5), (3, 5), (2, 7), (6, 7), (7, 7)])
+def test_all_steps_are_counted(hardest, done, epochs):
+    config = train.Config(epochs=epochs, hardest=hardest, batch_size=10)
+    counts = [len(datasets.cuts(train.kept(105, config, epoch), 10)) for epoch in range(1, epochs + 1)]
+    history = [{"step": 1000}] * done
+    assert train.all_steps(history, 105, config) == sum(counts[done:]) + (1000 if done else 0)
+
+
+def test_an_empty_folder_of_that_name_is_used(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert started(tmp_path, "a", "--epochs", "1") == 0
+    with pytest.raises(SystemExit):
+        started(tmp_path, "a", "--epochs", "1")
+
+
+def test_moved_pictures_and_moved_runs_go_on(colour_folder, tmp_path, at_step):
+    shutil.copytree(colour_folder, tmp_path / "data")
+    flags = "--epochs 2 --batch-size 20 --device cpu --no-views --no-whiten --run-name a --log-dir".split()
+    at_step[4] = send(signal.SIGINT)
+    assert train.cli(["--data", str(tmp_path / "data"), *flags, str(tmp_path / "logs")]) == 130
+    (tmp_path / "data").rename(tmp_path / "moved data")
+    (tmp_path / "logs" / "a").rename(tmp_path / "b")
+    assert resumed(tmp_path, "b") == 1
+    assert resumed(tmp_path, "b", "--data", str(tmp_path / "moved data"), "--image-size", "0") == 0
+
+
+def test_a_terminal_that_is_gone_costs_no_checkpoint(tmp_path, at_step, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(device.os, "write", gone)
+    at_step[7] = send(signal.SIGINT)
+    assert started(tmp_path, "a") == 130
+    assert (tmp_path / "a" / "interrupted.pt").exists()
+
+
+def test_a_trainer_goes_on_on_another_device(tmp_path, at_step):
+    at_step[7] = send(signal.SIGINT)
+    assert started(tmp_path, "a", "--hardest", "0.5") == 130
+    state = torch.load(tmp_path / "a" / "interrupted.pt", weights_only=True)["training"]
+    network = model.CifarQuick(image_size=8).to("meta")
+    head, config = model.head_keys("cifar_quick", {"image_size": 8}), train.Config(momentum=0.9)
+    trainer = train.make_trainer(network, config, 10, torch.device("meta"), torch.float32, head)
+    trainer.load_state_dict(state)
+    assert trainer.sums.correct.is_meta and trainer.sums.shares.is_meta and trainer.shares is None
+    assert all(of["momentum_buffer"].is_meta for of in trainer.optimizer.state.values())
 
 
 # ---- two at once ----
@@ -353,6 +452,29 @@ def test_what_did_not_fit_is_written_later(whole, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     expected = {name: what for name, what in whole["plain"].items() if name != "epoch_002.pt"}
     assert not differences(expected, contents(tmp_path / "a"))
+
+
+def test_a_best_epoch_that_did_not_fit_is_not_tested_by_another(tmp_path, monkeypatch, capsys):
+    resource = pytest.importorskip("resource", reason="needs a limit of file sizes (not on Windows)")
+    before, end_epoch = resource.getrlimit(resource.RLIMIT_FSIZE), train.end_epoch
+
+    def limited(run, trainer, metrics, *inputs):
+        metrics["val_accuracy"] = metrics["epoch"] / 10  # the last is the best
+        if len(run.history) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        return end_epoch(run, trainer, metrics, *inputs)
+
+    monkeypatch.setattr(train, "end_epoch", limited)
+    try:
+        assert started(tmp_path, "a", *VARIANTS["held out"].split()) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    out, err = capsys.readouterr()
+    assert err.endswith("train.py: not saved: best.pt (File too large)\n") and "test accuracy" not in out
+    assert torch.load(tmp_path / "a" / "best.pt", weights_only=True)["epoch"] == 2
+    assert resumed(tmp_path) == 0
+    best = torch.load(tmp_path / "a" / "best.pt", weights_only=True)
+    assert best["epoch"] == 3 and "test_accuracy" in best["metrics"]
 
 
 def test_a_small_disk_keeps_whole_files_alone(tmp_path):

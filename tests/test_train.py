@@ -57,7 +57,7 @@ def test_metrics_have_a_line_an_epoch(run):
 def test_checkpoints_can_be_resumed_and_the_best_is_small(run):
     checkpoint = torch.load(run / "epoch_003.pt", weights_only=True)
     assert set(checkpoint) == {*model.CONTENT, "training"}
-    parts = {"optimizer", "schedule", "scaler", "shares", "sums", "clock", "history", "mistakes", "pictures"}
+    parts = {"optimizer", "schedule", "scaler", "shares", "sums", "clock", *train.RESUMED}
     assert set(checkpoint["training"]) == parts and checkpoint["training"]["history"] == metrics(run)
     assert len(checkpoint["training"]["optimizer"]["state"]) == len(list(model.CifarQuick().parameters()))
     assert checkpoint["config"]["limit"] == 1000 and checkpoint["epoch"] == 3
@@ -350,10 +350,11 @@ MISTAKES = [
             "COM1",
             "lpt9.log",
             "a.",
-            "x\x1b",
             "a" * 300,
         )
     ),
+    ("--run-name x\x1b", r"--run-name: 'x\x1b' has characters that cannot be printed"),
+    ("--data caf\udce9", r"--data: 'caf\udce9' has characters that cannot be printed"),
     ("--clip-grad -1", "--clip-grad: -1.0 is not at least 0"),
     ("--patience -1", "--patience: -1 is not at least 0"),
     ("--time-limit -1", "--time-limit: -1.0 is not at least 0"),

@@ -166,7 +166,7 @@ def hub(tmp_path, monkeypatch):
     return put
 
 
-@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mnasnet0_5", "vgg16"])
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mnasnet0_5"])
 def test_imagenet_weights_load_from_where_torch_keeps_them(name, hub):
     torch.manual_seed(0)
     original = TORCHVISION.get_model(name).eval()

@@ -1020,10 +1020,10 @@ def find_run(name: str, log_dir: str, given: dict) -> Path:
             return folder
         except (ConfigError, OSError, ValueError):
             continue  # of another version, or damaged: it has to be named
-        last = history[-1] if history and isinstance(history[-1], dict) else {}
-        longer = any(
-            given.get(name, was := getattr(config, name)) != was for name in (last.get("ended"), "epochs") if name
-        )
+        if not all(isinstance(metrics, dict) for metrics in history):
+            continue
+        why = ("epochs", history[-1].get("ended") if history else None)  # it would end, and what was given may be more
+        longer = any(value != getattr(config, name) for name, value in given.items() if name in why)
         whole = (folder / epoch_file(len(history))).exists()  # else killed while it wrote the last of its files
         if longer or not whole or not has_ended(history, config):
             return folder
@@ -1044,15 +1044,14 @@ def reopen(run: Run, folder: Path) -> None:
     for part in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
         remove(part)
     found = sorted(folder.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
+    last = found[0] if found else folder / epoch_file(0)
     for path in [path for path in (folder / INTERRUPTED, *found) if path.exists()]:
         try:
             network, checkpoint = model.load(path)
         except model.CheckpointError as error:
             print(f"train.py: {error}; trying the checkpoint before", file=sys.stderr)
             continue
-        if path.name != INTERRUPTED or epoch_file(checkpoint["epoch"]) >= max(
-            (path.name for path in found), default=""
-        ):
+        if path.name != INTERRUPTED or epoch_file(checkpoint["epoch"]) == last.name:  # else of an epoch that ended
             run.network, run.checkpoint = network, checkpoint
             return
     epochs = folder / "metrics.jsonl"  # the first one's are there before its checkpoint
@@ -1121,7 +1120,7 @@ def resumed_config(run: Run, given: dict) -> Config:
     changed = replace(config, **given | {"log_dir": str(run.folder.parent), "run_name": ""})
     if config.epochs > changed.epochs <= len(run.history):
         raise ConfigError(f"--epochs {changed.epochs}: the run has {len(run.history)} epochs already")
-    if config.epochs != changed.epochs and config.hardest < 1 and run.checkpoint["training"]["sums"]:
+    if config.epochs != changed.epochs and config.hardest < 1 and run.checkpoint.get("training", {}).get("sums"):
         raise ConfigError("--epochs: --hardest pictures of an interrupted epoch depend on it; first go on without it")
     why = run.history[-1].get("ended") if run.history else None
     if why and (getattr(changed, why) != getattr(config, why) or changed.epochs > config.epochs):

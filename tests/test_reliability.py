@@ -326,6 +326,25 @@ def test_a_process_killed_before_its_last_checkpoint_left_an_unfinished_run(tmp_
     assert not differences(whole["plain"], contents(tmp_path / "a"))
 
 
+def test_a_run_that_patience_ended_is_found_by_more_patience(tmp_path):
+    assert started(tmp_path, "a", "--lr", "1e-30", "--epochs", "9", "--patience", "1") == 0
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.toml").write_text("epochs = 'x'")  # of another version
+    (tmp_path / "c").mkdir()
+    shutil.copy(tmp_path / "a" / "config.toml", tmp_path / "c")
+    (tmp_path / "c" / "metrics.jsonl").write_text("5\n")  # damaged
+    assert resumed(tmp_path) == resumed(tmp_path, "--patience", "1") == 2
+    assert resumed(tmp_path, "--patience", "3", "--hardest", "1") == 0
+
+
+def test_a_run_without_a_checkpoint_starts_anew(tmp_path, at_step, capsys, whole):
+    at_step[3] = send(signal.SIGINT, signal.SIGINT)
+    assert started(tmp_path, "a", *VARIANTS["plain"].split()) == 130
+    assert resumed(tmp_path, "--epochs", "3") == 0
+    assert "a: no checkpoint yet, starts anew" in capsys.readouterr().err
+    assert not differences(whole["plain"], contents(tmp_path / "a"))
+
+
 def test_best_is_made_anew_from_its_epochs_checkpoint(tmp_path, whole, capsys):
     assert started(tmp_path, "a", *VARIANTS["plain"].split()) == 0
     (tmp_path / "a" / "best.pt").unlink()

@@ -537,10 +537,14 @@ class Trainer:
         """Go on from there, at the learning rate that the schedule, perhaps a longer one now, has for that step."""
         self.clock.before, self.clock.begun = state["clock"]["before"], state["clock"]["begun"]
         # Of the file only what training has found: all that the config says is the trainer's own.
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
-        for parameter, found in self.optimizer.state.items():
-            if found["momentum_buffer"] is not None and found["momentum_buffer"].shape != parameter.shape:
-                raise ValueError("a momentum has another shape than its weight")
+        own, found = self.optimizer.state_dict(), state["optimizer"]["state"]
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for place, buffers in found.items():
+            momentum = buffers.pop("momentum_buffer", None)
+            if buffers or (momentum is not None and momentum.shape != trained[place].shape):
+                raise ValueError("its momentum is not that of its weights")
+            buffers["momentum_buffer"] = momentum
+        self.optimizer.load_state_dict(own | {"state": found})
         if state["scaler"]:  # one that does nothing has no state
             self.scaler.load_state_dict(state["scaler"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]

@@ -284,8 +284,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, capsys):
     assert "none of its checkpoints can be resumed; --weights" in capsys.readouterr().err
 
 
+def nested(depth: int) -> list:
+    """A thousand million references, of a few bytes each ten."""
+    return [nested(depth - 1)] * 10 if depth else []
+
+
 STRANGE = {
     "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}},
+    "optimizer ": {"state": {0: {"momentum_buffer": nested(9)}}},
     "history": [{"epoch": 1}, {"epoch": 2}],
     "mistakes": ["\x1b]0;x"],
     "trained": {"epoch": 1},
@@ -302,7 +308,7 @@ def test_a_checkpoint_whose_training_state_was_changed_is_refused(two_epochs, tm
         run = tmp_path / str(number)
         shutil.copytree(two_epochs, run)
         checkpoint = torch.load(run / "epoch_002.pt", weights_only=True)
-        checkpoint["training"][key] = value
+        checkpoint["training"][key.strip()] = value
         model.save(run / "epoch_002.pt", checkpoint)
         assert train.cli(["--resume", str(run), "--epochs", "3"]) == 1
         error = capsys.readouterr().err.splitlines()[-1]

@@ -1104,7 +1104,10 @@ def resumed_config(run: Run, given: dict) -> Config:
                 setattr(run, name, run.checkpoint["training"][name])
             problem = bad_history(run, of_run)
         except (ConfigError, KeyError, TypeError, AttributeError) as error:
-            raise model.CheckpointError(f"{run.folder}: its checkpoint cannot be resumed by this version") from error
+            hint = f"--weights {quoted(run.folder / 'best.pt')} starts a new run from its weights"
+            raise model.CheckpointError(
+                f"{run.folder}: its checkpoint is of a version without --resume; {hint}"
+            ) from error
         if problem:
             raise model.CheckpointError(f"{run.folder}: its checkpoint's {problem}")
         # What can change was perhaps changed after that checkpoint.

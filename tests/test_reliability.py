@@ -420,6 +420,19 @@ def test_a_trainer_goes_on_on_another_device(tmp_path, at_step):
     assert all(of["momentum_buffer"].is_meta for of in trainer.optimizer.state.values())
 
 
+def test_a_run_of_an_earlier_version_can_be_started_from(two_epochs, tmp_path, capsys):
+    shutil.copytree(two_epochs, tmp_path / "a")
+    for path in (tmp_path / "a").glob("epoch*.pt"):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["training"] = {name: checkpoint["training"][name] for name in ("optimizer", "schedule", "scaler")}
+        torch.save(checkpoint, path)
+    assert resumed(tmp_path, "a", "--epochs", "3") == 1
+    error = capsys.readouterr().err
+    best = tmp_path / "a" / "best.pt"
+    assert error.endswith(f"a version without --resume; --weights {best} starts a new run from its weights\n")
+    assert started(tmp_path, "b", "--epochs", "1", "--weights", str(best)) == 0
+
+
 # ---- two at once ----
 
 

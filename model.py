@@ -217,7 +217,7 @@ def unknown(name: str) -> str | None:
 
 def printable(text: str) -> str:
     """The text with its control characters escaped: a stranger's names must not steer the terminal."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -79,7 +79,7 @@ def bad_freeze(value: str) -> str | None:
 
 def bad_folder(value: str) -> str | None:
     """Why no folder can have this name: it would lie elsewhere, or Windows has no such names; None when one can."""
-    usable = value.isprintable() and not set(value) & set('<>:"/\\|?*') and len(value.encode()) <= 200
+    usable = not set(value) & set('<>:"/\\|?*') and len(value.encode()) <= 200
     if not value or (usable and value[-1] not in ". " and not RESERVED.fullmatch(value)):
         return None
     return f"{value!r:.80} cannot be a folder's name on every system, without a path"
@@ -938,9 +938,9 @@ def split_of(history: list[dict]) -> str:
     return "val" if "val_accuracy" in history[-1] else "test"
 
 
-def best_of(history: list[dict], split: str) -> dict:
+def best_of(history: list[dict]) -> dict:
     """The metrics of the first epoch of the highest accuracy."""
-    return max(history, key=itemgetter(f"{split}_accuracy"))
+    return max(history, key=itemgetter(f"{split_of(history)}_accuracy"))
 
 
 def epoch_file(epoch: int) -> str:
@@ -986,7 +986,7 @@ def make_folder(run: Run, config: Config) -> None:
 
 def mend_best(run: Run) -> None:
     """Make best.pt anew from its epoch's checkpoint, if the disk had no room for it, or it is gone."""
-    epoch = best_of(run.history, split_of(run.history))["epoch"] if run.history else 0
+    epoch = best_of(run.history)["epoch"] if run.history else 0
     try:
         held = model.read(run.folder / "best.pt")["epoch"]
     except model.CheckpointError:
@@ -998,6 +998,7 @@ def mend_best(run: Run) -> None:
         run.best = model.packed({key: value for key, value in checkpoint.items() if key != "training"})
     except model.CheckpointError as error:
         print(f"train.py: best.pt is not that of epoch {epoch}, and cannot be made anew: {error}", file=sys.stderr)
+        run.unsaved["best.pt"] = f"its checkpoint, {epoch_file(epoch)}, is gone"
     save_best(run)
 
 
@@ -1273,13 +1274,13 @@ def about(config: Config, options: dict, classes: list[str]) -> dict:
     }
 
 
-def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], split: str, config: Config) -> bool:
+def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], config: Config) -> bool:
     """Take an epoch into the run's history, with the reason if it is to be the last; whether it is the best so far."""
     run.trained = None
     if trainer.sums:  # no time was left for the rest
         trainer.end_epoch()
     run.history.append(metrics)
-    since_best = len(run.history) - best_of(run.history, split)["epoch"]
+    since_best = len(run.history) - best_of(run.history)["epoch"]
     if not since_best:
         run.mistakes = views.worst_pairs(views.count_pairs(*answers), run.about["classes"])
     if len(run.history) < config.epochs and trainer.clock.is_over():
@@ -1307,7 +1308,7 @@ def save_epoch(run: Run, trainer: Trainer, config: Config, is_best: bool) -> Non
     save_best(run)
     if save(run, trainer, epoch_file(len(run.history))):
         remove(run.folder / INTERRUPTED)
-        for path in run.epoch_files()[: -config.keep] if config.keep else ():
+        for path in run.epoch_files()[: -config.keep] if config.keep and not run.best else ():  # best.pt is made of one
             remove(path)
             run.unsaved.pop(path.name, None)
 
@@ -1347,9 +1348,9 @@ def finish(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Co
     """
     split = sets[0].split
     save_best(run)
-    if run.best:
+    if "best.pt" in run.unsaved:  # what is called so is another epoch's, if anything
         raise TrainingError(f"not saved: best.pt ({run.unsaved['best.pt']})")
-    best, mistakes = best_of(run.history, split), run.mistakes
+    best, mistakes = best_of(run.history), run.mistakes
     if len(sets) == 1:
         result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
     else:
@@ -1416,7 +1417,8 @@ def main(argv: list[str] | None = None) -> int:
         trains, epoch_sets = what_trains(network, head, shown_sets, config, precision)
         steps = all_steps(run.history, len(train_set), config)
         trainer = make_trainer(network, config, steps, device, precision, head, trains, clock)
-        clock.ending = sum(evaluation_seconds(trainer, epoch_sets[1], config) for _ in eval_sets if config.time_limit)
+        if config.time_limit:
+            clock.ending = len(eval_sets) * evaluation_seconds(trainer, epoch_sets[1], config)
         go_on(run, trainer, train_set, config)
 
         open_folder(run, config, about(config, options, train_set.classes), trainer.schedule.last_epoch)
@@ -1433,7 +1435,7 @@ def main(argv: list[str] | None = None) -> int:
                 except Interrupted:
                     return leave(run, trainer, metrics)
                 metrics |= held_out
-                is_best = end_epoch(run, trainer, metrics, answers, split, config)
+                is_best = end_epoch(run, trainer, metrics, answers, config)
                 ends = has_ended(run.history, config)
                 show(run.writer, network, shown_sets, epoch, metrics["step"], config, answers, ends)
                 log(run.writer, metrics, memory_used(device))

@@ -360,8 +360,10 @@ def test_best_is_made_anew_from_its_epochs_checkpoint(tmp_path, whole, capsys):
     for path in (tmp_path / "a").glob("epoch_00[12].pt"):
         path.unlink()
     capsys.readouterr()
-    assert resumed(tmp_path, "a") == 0
-    assert "best.pt is not that of epoch 1, and cannot be made anew: " in capsys.readouterr().err
+    assert resumed(tmp_path, "a") == 1  # and is not replaced by what is not the best
+    out, err = capsys.readouterr()
+    assert "best.pt is not that of epoch 1, and cannot be made anew: " in err and "predict.py" not in out
+    assert err.endswith("train.py: not saved: best.pt (its checkpoint, epoch_001.pt, is gone)\n")
 
 
 def test_the_length_cannot_change_in_an_epoch_whose_pictures_hang_on_it(tmp_path, at_step, capsys):

@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from device import Group
+
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SHAPES = ["arrow", "circle", "cross", "heart", "hourglass", "moon", "ring", "square", "star", "triangle"]
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -233,37 +235,40 @@ class Pictures:
         epoch: int = 0,
         keep: Tensor | None = None,
         skip: int = 0,
+        group: Group = Group(),  # noqa: B008 - which never changes
+        pieces: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Every picture once, as normalised float images `(B, 3, H, H)` and int64 labels `(B,)` on the device.
 
-        With `keep`, bool `(N,)`, only the pictures that are kept; without the first `skip` batches.
+        With `keep`, bool `(N,)`, only the pictures that are kept; without the first `skip` batches. Each process of a
+        group gets the pictures that are its `own` of every batch, in `pieces` one after the other.
 
         Order and augmentation depend on `(seed, epoch)` and the place in the epoch alone (mirroring on the place in the
-        set); they are drawn on the CPU, so that every device gets the same.
+        set); they are drawn on the CPU, so that every device gets the same, and for all processes.
         """
         device = self.labels.device
         order, generator = self.order(shuffle, seed, epoch, keep)
         draws = torch.rand(DRAWS, len(order), generator=generator)
         draws[1] = self.turns(seed, epoch)[order]
+        parts = own(cuts(len(order), batch_size)[skip:], group, pieces)
+        order, draws = order[parts.places], draws[:, parts.places]
         draws, fill = draws.to(device), torch.tensor(self.mean, device=device).mul(255).round().byte().view(1, 3, 1, 1)
         # Interpolation rounds differently in larger batches, by a hair; what comes out must not depend on `ahead`.
         interpolates = augment is not None and (augment.jitter or augment.resized_crop)
-        parts, at_once = cuts(len(order), batch_size)[skip:], 1 if interpolates else max(1, self.ahead // batch_size)
-        chunks = [parts[place : place + at_once] for place in range(0, len(parts), at_once)]
-        wholes = [slice(chunk[0].start, chunk[-1].stop) for chunk in chunks]
-        chosen = [order[whole] for whole in wholes]
-        order = order.to(device)
-        for chunk, whole, images in zip(chunks, wholes, self.stored(chosen), strict=True):
-            picks, of_chunk = order[whole], draws[:, whole]
+        at_once = 1 if interpolates else max(1, self.ahead // max(1, *parts.sizes))
+        chunks = [parts.sizes[place : place + at_once] for place in range(0, len(parts.sizes), at_once)]
+        chosen = order.split([sum(sizes) for sizes in chunks])
+        draws = draws.split([sum(sizes) for sizes in chunks], 1)
+        for sizes, picks, of_chunk, images in zip(chunks, chosen, draws, self.stored(chosen), strict=True):
+            picks = picks.to(device)
             if self.extent is not None:
                 images = squares(images, self.extent[picks], self.tall[picks], of_chunk[0] if augment else None)
-            if augment:
+            if augment and len(picks):
                 images = augment(images, of_chunk, fill)
-            sizes = [part.stop - part.start for part in chunk]
             images, labels = normalize(images, self.mean, self.std), self.labels[picks]
             yield from zip(images.split(sizes), labels.split(sizes), strict=True)
 
-    def stored(self, chosen: list[Tensor]) -> Iterator[Tensor]:
+    def stored(self, chosen: Sequence[Tensor]) -> Iterator[Tensor]:
         """The stored pictures at these places, a uint8 batch `(B, 3, H, W)` for each tensor of places."""
         for picks in chosen:
             yield self.pick(picks)
@@ -321,7 +326,7 @@ class Streamed(Pictures):
     def ahead(self) -> int:
         return 1  # the workers make batches ready
 
-    def stored(self, chosen: list[Tensor]) -> Iterator[Tensor]:
+    def stored(self, chosen: Sequence[Tensor]) -> Iterator[Tensor]:
         device = self.labels.device
         self.plan[:] = [picks.tolist() for picks in chosen]
         for decoded in self.loader:
@@ -341,7 +346,7 @@ class Enlarged(Pictures):
     def side(self) -> int:
         return self.sizing.side
 
-    def stored(self, chosen: list[Tensor]) -> Iterator[Tensor]:
+    def stored(self, chosen: Sequence[Tensor]) -> Iterator[Tensor]:
         side, shorter, interpolation = self.sizing.side, self.sizing.shorter, self.sizing.interpolation
         first = round((shorter - side) / 2)
         for images in super().stored(chosen):
@@ -369,11 +374,14 @@ class Features(Pictures):
         epoch: int = 0,
         keep: Tensor | None = None,
         skip: int = 0,
+        group: Group = Group(),  # noqa: B008
+        pieces: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Every picture's features once, `(B, ...)`, and int64 labels `(B,)`, in the order of the pictures' batches."""
-        order = self.order(shuffle, seed, epoch, keep)[0].to(self.labels.device)
-        for part in cuts(len(order), batch_size)[skip:]:
-            yield self.images[order[part]], self.labels[order[part]]
+        order = self.order(shuffle, seed, epoch, keep)[0]
+        parts = own(cuts(len(order), batch_size)[skip:], group, pieces)
+        for picks in order[parts.places].to(self.labels.device).split(parts.sizes):
+            yield self.images[picks], self.labels[picks]
 
 
 def cuts(count: int, batch_size: int) -> list[slice]:
@@ -385,6 +393,41 @@ def cuts(count: int, batch_size: int) -> list[slice]:
     steps = max(1, math.ceil((count - left_over) / batch_size))
     bounds = [*range(0, steps * batch_size, batch_size), count]
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+class Own(NamedTuple):
+    """The pictures of some batches that one process works on."""
+
+    places: Tensor  # int64 (N,), in the epoch
+    sizes: list[int]  # how many of each batch
+
+
+def own(batches: list[slice], group: Group, pieces: int = 1) -> Own:
+    """What this process takes of the batches that have these places in the epoch."""
+    if group.count == 1:
+        start, stop = (batches[0].start, batches[-1].stop) if batches else (0, 0)
+        return Own(torch.arange(start, stop), [batch.stop - batch.start for batch in batches])
+    shares = [
+        [(batch.start + at.start, batch.start + at.stop) for at in share(batch, group, pieces)] for batch in batches
+    ]
+    places = [torch.arange(*bounds) for of_batch in shares for bounds in of_batch]
+    sizes = [sum(stop - start for start, stop in of_batch) for of_batch in shares]
+    return Own(torch.cat([torch.arange(0), *places]), sizes)
+
+
+def share(batch: slice, group: Group, pieces: int = 1) -> list[slice]:
+    """What this process takes of a batch, from its start, in each of the `pieces` in which all work on it.
+
+    A piece or share of a single picture is avoided, as in `cuts`: rather some get none, but never the first process.
+    """
+    size, found = batch.stop - batch.start, []
+    pieces = max(1, min(pieces, size // 2))
+    for piece in range(pieces):
+        start, stop = size * piece // pieces, size * (piece + 1) // pieces
+        workers = max(1, min(group.count, (stop - start) // 2))
+        bounds = (start + (stop - start) * min(rank, workers) // workers for rank in (group.rank, group.rank + 1))
+        found.append(slice(*bounds))
+    return found
 
 
 def evaluation_batch(side: int) -> int:
@@ -622,6 +665,7 @@ def load(
     memory_share: float = 0.4,
     resize: int = 0,
     interpolation: str = "bilinear",
+    group: Group = Group(),  # noqa: B008
 ) -> list[Pictures]:
     """The training and the test set of `cifar10`, `shapes`, or a folder of pictures, on `device`.
 
@@ -629,19 +673,19 @@ def load(
     classes balanced (0: all). Without `mean` and `std` both sets are
     normalised by those of the first, the training pictures. A folder without `train/` is split by `val_fraction` (0.2
     if 0). Its bad files are named on standard error and left out, or refused if `strict`. It is kept in memory where
-    it takes at most `memory_share` of what is free, and else streamed by `workers` processes (-1: one a core). Raises
-    DataError.
+    it takes at most `memory_share` of what is free, and else streamed by `workers` processes (-1: one a core). The
+    processes of a group read and check its files in shares. Raises DataError.
     """
     device, sets, listings, sizing = torch.device(device), [], {}, Sizing(image_size, resize, interpolation)
-    workers = cores() if workers < 0 else workers
+    workers = math.ceil(cores() / group.local_count) if workers < 0 else workers
     for split in splits:
         if data == "shapes":
             pictures = shapes(split, limit=limit)
         elif data == "cifar10":
             pictures = cifar10(Path(data_dir), split, data_url)
         elif Path(data).is_dir():
-            listings = listings or find_files(Path(data), splits, val_fraction or 0.2)
-            pictures = read_files(listings[split], sizing, limit, device, workers, memory_share)
+            listings = listings or group.of_first(lambda: find_files(Path(data), splits, val_fraction or 0.2))
+            pictures = read_files(listings[split], sizing, limit, device, workers, memory_share, group)
             report_bad(pictures, strict)
         else:
             raise DataError(f"no data {data!r}: neither cifar10 nor shapes nor a folder of pictures")
@@ -785,7 +829,7 @@ def place_of(path: str, root: Path) -> float:
 
 
 def read_files(
-    listing: Listing, sizing: Sizing, limit: int, device: torch.device, workers: int, memory_share: float
+    listing: Listing, sizing: Sizing, limit: int, device: torch.device, workers: int, memory_share: float, group: Group
 ) -> Pictures:
     """The pictures of a listing, all decoded and checked once; in memory if they fit, else Streamed."""
     labels = torch.tensor([listing.classes.index(name) for _, name in listing.files])
@@ -793,9 +837,11 @@ def read_files(
     # The order is mixed once and for all: in class order, unshuffled training would forget all but the last class.
     picks = picks[torch.randperm(len(picks), generator=torch.Generator().manual_seed(0))]
     paths = np.array([os.fsencode(listing.files[pick][0]) for pick in picks.tolist()])
-    files = Files(paths, sizing, stored_width(paths, sizing) if listing.split == "train" else sizing.side)
-    fits = len(paths) * files.side * files.width * 3 <= memory_share * free_memory(device)
-    decoded, counts = decode_all(files, workers, fits, f"reading {listing.split}")
+    width = group.of_first(lambda: stored_width(paths, sizing) if listing.split == "train" else sizing.side)
+    files, copies = Files(paths, sizing, width), group.local_count if device.type == "cpu" else 1
+    taken = copies * len(paths) * files.side * files.width * 3
+    fits = all(group.gather(taken <= memory_share * free_memory(device)))
+    decoded, counts = decode_all(files, workers, fits, f"reading {listing.split}", group)
     good = decoded.extent > 0
     areas = decoded.sizes.prod(1).double()
     extremes = areas.where(good, math.inf).argmin(), areas.argmax()
@@ -816,32 +862,38 @@ def read_files(
     return pictures if good.all() else pictures.take(good.nonzero().squeeze(1))
 
 
-def decode_all(files: Files, workers: int, keep: bool, name: str) -> tuple[Decoded, Tensor]:
-    """Decode all files with a progress bar: what was found, with the images only if `keep`, and their histogram."""
+def decode_all(files: Files, workers: int, keep: bool, name: str, group: Group) -> tuple[Decoded, Tensor]:
+    """Decode all files with a progress bar: what was found, with the images only if `keep`, and their histogram.
+
+    Each process decodes a share, and tells the others.
+    """
     from tqdm import tqdm
 
     count = len(files.paths)
-    images = torch.empty((count if keep else 0, files.side, files.width, 3), dtype=torch.uint8)
-    extent, tall = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
-    sizes, bad, counts, start = torch.zeros(count, 2, dtype=torch.int64), [], torch.zeros(3, 256), 0
+    images = torch.zeros((count if keep else 0, files.side, files.width, 3), dtype=torch.uint8)
+    extent, tall = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.uint8)
+    sizes, bad, counts = torch.zeros(count, 2, dtype=torch.int64), [], torch.zeros(3, 256, dtype=torch.int64)
     workers = workers if count > 1000 else 0  # to start processes costs time, most where they import torch anew
     # To hand over costs time, but what waits for it has to fit into 64 MB of shared memory (Docker's default).
     most = max(1, min(4000, 2**23 // (files.side * files.width * max(1, workers))))
-    chunks = math.ceil(count / most / max(1, workers)) * max(1, workers)  # as many for every worker
-    plan = [part.tolist() for part in np.array_split(np.arange(count), chunks)]
+    evenly = group.count * max(1, workers)  # as many for every worker
+    plan = np.array_split(np.arange(count), math.ceil(count / most / evenly) * evenly)
+    plan = [part.tolist() for part in plan[group.rank :: group.count] if len(part)]
     loader = decoder(files, plan, workers, torch.device("cpu"))
-    with tqdm(total=count, desc=name, unit=" pictures", disable=None, leave=False) as bar:
-        for decoded in loader:
-            place = slice(start, start + len(decoded.extent))
-            start = place.stop
+    with tqdm(total=sum(map(len, plan)), desc=name, unit=" pictures", disable=None, leave=False) as bar:
+        for places, decoded in zip(plan, loader, strict=True):
+            place = slice(places[0], places[-1] + 1)
             if keep:
                 images[place] = decoded.images
             counts += histogram(decoded.images.permute(0, 3, 1, 2))
             extent[place], tall[place], sizes[place] = decoded.extent, decoded.tall, decoded.sizes
             bad += decoded.bad
             bar.update(len(decoded.extent))
+    for tensor in (images, extent, tall, sizes, counts):  # of others' files zero
+        group.sum(tensor)
+    bad = sorted(itertools.chain(*group.gather(bad)))
     counts[:, 0] -= files.side * (files.width - extent).sum()  # what is not in use is black
-    return Decoded(images, extent, tall, sizes, bad), counts
+    return Decoded(images, extent, tall.bool(), sizes, bad), counts
 
 
 def stored_width(paths: np.ndarray, sizing: Sizing) -> int:

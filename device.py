@@ -1,4 +1,4 @@
-"""Which device and precision a run uses, how its randomness is seeded, and how its process is interrupted.
+"""Which device and precision a run uses, which processes work on it, how it is seeded and how it is interrupted.
 
 `python device.py` shows what this machine has, what `auto` picks and why, and tries it on one convolution.
 """
@@ -6,20 +6,32 @@
 import argparse
 import contextlib
 import ctypes
+import datetime
 import os
 import platform
+import re
 import signal
+import socket
 import sys
 import threading
 import time
+import uuid
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib import metadata
+from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ECHO_SECONDS = 5  # in which a second signal under torchrun is the same one
+LOST = re.compile(r"gloo|nccl|store|socket|connection|broken pipe|timed out", re.IGNORECASE)
+T = TypeVar("T")
 
 
 class DeviceError(ValueError):
@@ -28,6 +40,14 @@ class DeviceError(ValueError):
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM asked for an end."""
+
+
+class GroupError(RuntimeError):
+    """The processes of a run cannot work together."""
+
+
+class Ended(Exception):
+    """Another process has ended the run, and has said why."""
 
 
 def available() -> dict[str, str]:
@@ -42,13 +62,20 @@ def available() -> dict[str, str]:
     return found
 
 
-def pick(name: str = "auto") -> torch.device:
+def pick(name: str = "auto", group: "Group | None" = None) -> torch.device:
     """The device called `name`: `auto` (the fastest here), `cpu`, `cuda`, `cuda:1` or `mps`.
 
-    Raises DeviceError, listing what is there, when this machine has no such device.
+    Each process of a group that shares this machine gets a GPU of its own. Raises DeviceError, listing what is there,
+    when this machine has no such device.
     """
-    found = available()
-    chosen = next(iter(found)) if name == "auto" else "cuda:0" if name == "cuda" else name
+    found, place = available(), 0
+    if group and group.count > 1:
+        found.pop("mps", None)  # it has no way to talk to other processes
+        place = group.local_rank
+        if name.startswith("cuda:"):
+            raise DeviceError(f"--device {name} is one for {group.count} processes; --device cuda gives each its own")
+    chosen = next(iter(found)) if name == "auto" else name
+    chosen = f"cuda:{place}" if chosen in ("cuda", "cuda:0") else chosen
     if chosen not in found:
         here = ", ".join(f"{device} ({what})" for device, what in found.items())
         raise DeviceError(f"no device {name!r} here; this machine has: {here}")
@@ -138,11 +165,135 @@ def seed(*numbers: int) -> None:
         torch.mps.manual_seed(number)
 
 
+@dataclass
+class Group:
+    """The processes that share a run, as torchrun started them; without torchrun it is this one alone.
+
+    While it is entered they can talk to each other, and all but the first (rank 0) print nothing. When one of them
+    fails, all end: the first to fail with its error, the others with Ended. `timeout` is how many seconds they wait for
+    each other.
+    """
+
+    timeout: float = 600.0
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0  # among those on this machine
+    local_count: int = 1
+
+    def __enter__(self) -> "Group":
+        """Raises GroupError when the processes do not find each other."""
+        self.standard, self.vote, self.store = (sys.stdout, sys.stderr), None, None
+        if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
+            return self
+        if not (dist.is_available() and dist.is_gloo_available()):
+            raise GroupError(
+                "this PyTorch was built without gloo, by which processes talk; start one, without torchrun"
+            )
+        self.local_rank, self.local_count = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+        most = datetime.timedelta(seconds=self.timeout)
+        try:
+            store, self.rank, self.count = next(dist.rendezvous("env://", timeout=most))
+            self.store = dist.PrefixStore(self.meet(store), store)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count, timeout=most)
+        except RuntimeError as error:  # all of torch's are
+            raise GroupError(f"the {os.environ['WORLD_SIZE']} processes did not find each other: {error}") from error
+        if torch.cuda.is_available() and self.local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(self.local_rank)
+        if self.rank:
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123 - closed at the exit
+        return self
+
+    def meet(self, store: "dist.Store") -> str:
+        """A name that all processes of this start agree on, and that no earlier start had.
+
+        When torchrun starts processes again they get the same store, in which the addresses of the dead still are. So
+        the first gives a name, the others answer with a word of their own, and go on when it says that it heard theirs.
+        """
+        word = uuid.uuid4().hex
+        if self.rank == 0:
+            store.set("name", word)
+            store.set(f"{word}/heard", b" ".join(store.get(f"{word}/{rank}") for rank in range(1, self.count)))
+            return word
+        ends = time.monotonic() + self.timeout
+        while time.monotonic() < ends:
+            name = store.get("name").decode()
+            store.set(f"{name}/{self.rank}", word)
+            if store.check([f"{name}/heard"]) and word in store.get(f"{name}/heard").decode().split():
+                return name
+            time.sleep(0.01)
+        raise GroupError(f"waited {self.timeout:g} seconds (--timeout)")
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if self.rank:
+            sys.stdout.close()
+        sys.stdout, sys.stderr = self.standard
+        if self.count == 1:
+            return
+        if error is None:
+            if self.vote:
+                self.vote[0].wait()
+            dist.destroy_process_group()
+            return
+        with contextlib.suppress(RuntimeError):  # the store is gone with the machine that had it
+            if self.store.add("ended", 1) > 1:
+                raise Ended from None
+        if type(error) is RuntimeError or isinstance(error, dist.DistError):
+            if "timed out" in str(error).lower():
+                raise GroupError(f"waited {self.timeout:g} seconds (--timeout) for another process") from error
+            if LOST.search(str(error)):
+                raise GroupError("lost another process of the run") from error
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor, which becomes the sum of all processes' ones."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the first process, for all."""
+        values = [make() if self.rank == 0 else None]
+        if self.count > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Make these tensors what they are in the first process."""
+        for tensor in tensors if self.count > 1 else ():
+            dist.broadcast(tensor, 0)
+
+    def most(self, *values: float) -> list[float]:
+        """The largest of each value over all processes, as they were when this was called the time before (0 at first):
+        so nobody waits. All processes must call it equally often."""
+        if self.count == 1:
+            return list(values)
+        work, found = self.vote or (None, torch.zeros(len(values)))
+        if work:
+            work.wait()
+        now = torch.tensor(values)
+        self.vote = dist.all_reduce(now, dist.ReduceOp.MAX, async_op=True), now
+        return found.tolist()
+
+    def job(self) -> str:
+        """What names the same for all processes that one torchrun (or one on each machine, with the same --rdzv-id)
+        ever starts; empty without torchrun."""
+        name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return f"{socket.gethostname()}-{os.getppid()}" if name == "none" else name
+
+
 class Interrupts:
     """While this is entered, Ctrl-C and SIGTERM are a wish that `asked` tells of; a second one ends all at once."""
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, group: Group | None = None):
+        self.asked, self.time, self.first = False, 0.0, not (group and group.rank)
+        self.echo = ECHO_SECONDS if "RANK" in os.environ else 0  # torchrun sends on what its processes got already
 
     def __enter__(self) -> "Interrupts":
         in_main = threading.current_thread() is threading.main_thread()  # elsewhere nobody gets signals
@@ -155,15 +306,16 @@ class Interrupts:
 
     def ask(self, number: int, _: object) -> None:
         if self.asked:
+            if time.monotonic() < self.time + self.echo:
+                return
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.time = True, time.monotonic()
         # Not print(), which the signal may have caught in the middle of its work.
         with contextlib.suppress(OSError):  # tee has ended already, by the same Ctrl-C
-            os.write(2, b"\nstopping after this step, with a checkpoint (once more: at once, without)\n")
-
-    def check(self) -> None:
-        if self.asked:
-            raise Interrupted
+            os.write(
+                2 if self.first else os.open(os.devnull, os.O_WRONLY),
+                b"\nstopping after this step, with a checkpoint (once more: at once, without)\n",
+            )
 
 
 def why(device: torch.device, precision: torch.dtype) -> tuple[str, str]:

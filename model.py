@@ -344,12 +344,15 @@ def loss_function(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", l
 def outputs(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], tta: str = "none") -> tuple[Tensor, Tensor]:
     """The network's answers to all batches, in eval mode: float32 logits `(N, classes)` and int64 labels `(N,)`.
 
-    With `tta` they are the mean of what it answers to several views of each picture, see `mean_of_views`.
+    With `tta` they are the mean of what it answers to several views of each picture, see `mean_of_views`. No pictures
+    give `(0, 0)` logits.
     """
     training = network.training
     network.eval()
-    pairs = [(mean_of_views(network, images, tta), labels) for images, labels in batches]
+    pairs = [(mean_of_views(network, images, tta), labels) for images, labels in batches if len(images)]
     network.train(training)
+    if not pairs:
+        return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
     return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
 
@@ -520,6 +523,41 @@ def train_mode(network: nn.Module) -> None:
             before_all_that_trains &= bool(list(module.children()))
         elif own or (before_all_that_trains and not list(module.children())):
             module.eval()
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by all processes' pictures, images `(N, C, H, W)` of any N in each.
+
+    It computes what torch.nn.SyncBatchNorm does, which takes GPUs alone.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(images)
+        from torch.distributed.nn.functional import all_reduce
+
+        count = images.new_full((1,), images.numel() / images.shape[1], dtype=torch.float32)
+        *sums, count = all_reduce(torch.cat([images.float().sum((0, 2, 3)), count])).split([images.shape[1], 1])
+        mean = sums[0] / count
+        centred = images.float() - mean.view(1, -1, 1, 1)
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * count / (count - 1), share)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(images.dtype)
+
+
+def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network, whose batch normalisation is by the pictures of all processes from now on; weights stay."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm  # the same weights and buffers, under the same names
+    return network
 
 
 class HeadOnly(nn.Module):

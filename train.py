@@ -6,6 +6,7 @@
 import argparse
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from operator import itemgetter
 from pathlib import Path
@@ -29,6 +31,9 @@ import model
 import views
 from device import (
     DeviceError,
+    Ended,
+    Group,
+    GroupError,
     Interrupted,
     Interrupts,
     autocast,
@@ -43,6 +48,7 @@ from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, TTA, sug
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
+SEEN = torch.finfo(torch.float32).tiny  # the least share of 1 that a picture's class is said to have got
 INTERRUPTED = "interrupted.pt"  # the checkpoint in the middle of an epoch
 LOCK, LOCK_SECONDS = "run.lock", 6  # workers of a killed process notice that within 5 seconds
 RESOLVED = {"image_size", "resize", "interpolation", "activation", "mean", "std"}  # where "auto" becomes a value
@@ -131,6 +137,9 @@ class Config:
 
     model: str = setting("network", "cifar_quick", "the network: `python model.py --list`", check=model.unknown)
     batch_norm: bool = setting("network", True, "of cifar_quick: batch normalisation in every stage")
+    sync_bn: bool = setting(
+        "network", False, "normalise by all processes' pictures; else each by its own, and the first keeps averages"
+    )
     activation: str = setting(
         "network", "auto", "of our own networks; auto: what each does best with", choices=("auto", *ACTIVATIONS)
     )
@@ -147,7 +156,10 @@ class Config:
     freeze: str = setting("network", "0", "the first N stages stay as they are, or all but the head", check=bad_freeze)
 
     epochs: int = setting("recipe", 10, "passes over the training pictures", at_least=1)
-    batch_size: int = setting("recipe", 64, "pictures a step", at_least=1)
+    batch_size: int = setting("recipe", 64, "pictures a step, over all processes", at_least=1)
+    accumulate: int = setting(
+        "recipe", 1, "pieces in which each batch is worked on, one after the other, in less memory", at_least=1
+    )
     optimizer: str = setting("recipe", "sgd", "muon: SGD, hidden layers' weights by --muon-lr", choices=("sgd", "muon"))
     lr: float = setting("recipe", 0.01, "learning rate, at its highest", above=0)
     muon_lr: float = setting("recipe", 0.05, "the same for Muon's orthogonal steps", above=0)
@@ -178,6 +190,7 @@ class Config:
     memory_share: float = setting(
         "machine", 0.4, "share of free memory that pictures may take; more are streamed", at_least=0, at_most=1
     )
+    timeout: float = setting("machine", 600.0, "seconds that processes wait for each other", above=0, at_most=10**6)
     compile: bool = setting("machine", False, "torch.compile: slow to start, faster on GPUs")
     deterministic: bool = setting("machine", False, "the same bits each time, on GPUs too; slower there")
 
@@ -194,8 +207,8 @@ class Config:
     )
 
 
-def parse(argv: list[str] | None, run: "Run | None" = None) -> Config:
-    """The config file's settings, overruled by the flags; with `--resume` those of a run, which `run` becomes.
+def parse(argv: list[str] | None) -> tuple[Config, dict, str | None]:
+    """The config file's settings, overruled by the flags; the flags alone; and what `--resume` names (None without).
 
     A wrong one ends the program with one line and status 2.
     """
@@ -211,7 +224,10 @@ def parse(argv: list[str] | None, run: "Run | None" = None) -> Config:
         parents=[first],
         allow_abbrev=False,
     )
-    first.error = parser.error = lambda message: parser.exit(2, f"train.py: {model.printable(message)}\n")
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of processes that torchrun started on a machine
+    first.error = parser.error = lambda message: parser.exit(
+        2, f"train.py: {model.printable(message)}\n" if speaks else None
+    )
     try:
         config = read_config(first.parse_known_args(argv)[0].config or DEFAULT_CONFIG)
         add_flags(parser, config)
@@ -226,14 +242,10 @@ def parse(argv: list[str] | None, run: "Run | None" = None) -> Config:
             raise ConfigError("--config: a resumed run has its own; give --resume without it")
         if args.resume is None:
             config = replace(config, **given)
-        else:
-            run = run or Run()
-            reopen(run, find_run(args.resume, given.get("log_dir", config.log_dir), given))
-            config = resumed_config(run, given)
-        check_together(config, new=args.resume is None)
+            check_together(config)
     except ConfigError as error:
         parser.error(str(error))
-    return config
+    return config, given, args.resume
 
 
 def read_config(path: Path) -> Config:
@@ -306,7 +318,7 @@ def problem(key: Field, value: object) -> str | None:
     return None
 
 
-def check_together(config: Config, new: bool = True) -> None:
+def check_together(config: Config) -> None:
     """Raises ConfigError for settings that are right alone and wrong together."""
     if bool(config.mean) != bool(config.std):
         raise ConfigError("--mean and --std: give both or neither")
@@ -320,8 +332,45 @@ def check_together(config: Config, new: bool = True) -> None:
         raise ConfigError("--backbone-lr: with --freeze all nothing but the head trains; add --backbone-lr 0")
     if config.model in NETWORKS and config.batch_norm and config.batch_size == 1 and config.freeze != "all":
         raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
+
+
+def begin(run: "Run", config: Config, given: dict, resume: str | None, group: Group) -> tuple[Config, dict | None]:
+    """The settings of a new run, or of the one that `run` becomes; in the first process, the weights to start from too.
+
+    The first process decides for all. Raises ConfigError, and what `resolve` raises.
+    """
+    trained = None
+    if group.rank == 0:
+        if job := group.job():
+            called = repr((job, config, given, resume)).encode()
+            run.job = hashlib.md5(called, usedforsecurity=False).hexdigest()
+        if own := run_of_job(run.job, given.get("log_dir", config.log_dir)):
+            resume, given = str(own), {}
+        if resume is not None:
+            reopen(run, find_run(resume, given.get("log_dir", config.log_dir), given))
+            config = resumed_config(run, given)
+            check_together(config)
+        elif config.run_name:
+            check_name(config)
+        if config.batch_size < group.count * config.accumulate:
+            raise ConfigError(
+                f"--batch-size {config.batch_size}: that is less than a picture for each of {group.count} processes"
+                + (f" in {config.accumulate} pieces (--accumulate)" if config.accumulate > 1 else "")
+            )
+        if not run.checkpoint:
+            config, trained = resolve(config)
+    known = {key: value for key, value in run.checkpoint.items() if key != "state_dict"}
+    of_run = {name: getattr(run, name) for name in RESUMED}
+    config, run.checkpoint, of_run = group.of_first(lambda: (config, known, of_run))
+    for name, value in of_run.items():
+        setattr(run, name, value)
+    return config, trained
+
+
+def check_name(config: Config) -> None:
+    """Raises ConfigError if there is a run of this name already."""
     folder = Path(config.log_dir) / config.run_name
-    if new and config.run_name and folder.exists() and not (folder.is_dir() and is_empty(folder)):
+    if folder.exists() and not (folder.is_dir() and is_empty(folder)):
         hint = f"; --resume {quoted(folder)} goes on with it" if (folder / "config.toml").exists() else ""
         raise ConfigError(f"--run-name {config.run_name}: {folder} exists already{hint}")
 
@@ -422,6 +471,7 @@ class Clock:
     before: float = 0.0  # in earlier sittings
     begun: float | None = None  # when training began
     ending: float = 0.0  # from the last step to the end of the run, about
+    done: float = 0.0  # the share of the time for training that was over when all processes last compared
     started: float = field(default_factory=lambda: time.perf_counter())
 
     def seconds(self) -> float:
@@ -446,7 +496,7 @@ class Sums:
     """What the steps of an epoch add up to so far: what an interrupted one needs to go on, beside the weights."""
 
     correct: Tensor  # int64, on the device
-    shares: Tensor | None = None  # what Trainer.shares will be after the epoch
+    shares: Tensor | None = None  # what the right classes of training pictures got in it; 0 for those still to come
     step: int = 0
     pictures: int = 0
     loss: float = 0.0  # over all pictures
@@ -455,13 +505,15 @@ class Sums:
     lr: float = 0.0  # of the last step
     seconds: float = 0.0
 
-    def add_losses(self, losses: list[tuple[Tensor, float]], parts: list[slice], order: Tensor, epoch: int) -> None:
-        """Add the mean losses of the last steps, each with its learning rate, which waits for the device.
+    def add_losses(
+        self, losses: list[tuple[Tensor, float]], parts: list[slice], order: Tensor, epoch: int, group: Group
+    ) -> None:
+        """Add the mean losses of the last steps, each with its learning rate, which waits for the device and the group.
 
         Raises TrainingError where one is not finite; `parts` are the places in `order` of the epoch's batches.
         """
         first = self.step - len(losses)
-        values = torch.stack([loss for loss, _ in losses]).tolist()
+        values = group.sum(torch.stack([loss for loss, _ in losses])).tolist()
         for step, (value, (_, lr)) in enumerate(zip(values, losses, strict=True), first):
             if not math.isfinite(value):
                 numbers = order[parts[step]].tolist()
@@ -487,34 +539,64 @@ class Trainer:
     device: torch.device
     precision: torch.dtype
     clock: Clock
+    group: Group
     shares: Tensor | None = None  # given to the right class of every training picture, when it was last seen
     sums: Sums | None = None  # of the epoch in progress
     norm: Tensor | None = None  # of the last step's gradient, before it was shortened
 
-    def step(self, images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    def step(self, images: Tensor, labels: Tensor, config: Config, batch: slice | None = None) -> tuple[Tensor, Tensor]:
         """One step of SGD on a batch; returns its mean loss and its logits, without waiting for the device.
 
-        The gradients stay until the next step, for whoever wants to look at them.
+        In a group these are this process's pictures of the `batch` in that place of the epoch, their logits, and what
+        they add to the mean loss. The gradients stay until the next step, for whoever wants to look at them.
         """
+        batch, found = batch or slice(0, len(labels)), []
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device, self.precision):
-            logits, *auxiliary = model.answers(self.forward(images))
-            loss = total = model.loss_function(logits, labels, config.loss, config.label_smoothing)
-            for others in auxiliary:
-                total = total + model.AUXILIARY_WEIGHT * model.loss_function(
-                    others, labels, config.loss, config.label_smoothing
-                )
-        self.scaler.scale(total).backward()
+        pieces = [piece.stop - piece.start for piece in datasets.share(batch, self.group, config.accumulate)]
+        for images, labels in zip(images.split(pieces), labels.split(pieces), strict=True):  # noqa: B020
+            found.append(self.backward(images, labels, config, batch.stop - batch.start, len(found) + 1 == len(pieces)))
         if config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             self.norm = torch.nn.utils.clip_grad_norm_(self.trains.parameters(), config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        return loss.detach(), logits.detach()
+        if len(found) == 1:
+            return found[0]
+        losses, logits = zip(*found, strict=True)
+        return torch.stack(losses).sum(), torch.cat(logits)
+
+    def backward(
+        self, images: Tensor, labels: Tensor, config: Config, size: int, last: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Add to the gradients what these pictures of a batch of `size` do; with the `last` of them, of all processes.
+
+        Returns their share of the batch's mean loss, and their logits.
+        """
+        more_to_come = self.group.count > 1 and not last
+        with self.forward.no_sync() if more_to_come else contextlib.nullcontext():
+            with autocast(self.device, self.precision):
+                logits, *auxiliary = model.answers(self.forward(images))
+                loss = total = self.loss(logits, labels, config)
+                for others in auxiliary:
+                    total = total + model.AUXILIARY_WEIGHT * self.loss(others, labels, config)
+            share = len(labels) / size
+            # The processes' gradients are averaged, not summed.
+            self.scaler.scale(total * (share * self.group.count)).backward()
+        return loss.detach() * share, logits.detach()
+
+    def loss(self, logits: Tensor, labels: Tensor, config: Config) -> Tensor:
+        """The mean loss of these pictures, 0 if there are none."""
+        if not len(labels):
+            return 0 * logits.sum()
+        return model.loss_function(logits, labels, config.loss, config.label_smoothing)
 
     def end_epoch(self) -> None:
-        self.shares, self.sums = self.sums.shares, None
+        """What was learned about the pictures is now of all of them."""
+        if self.sums.shares is not None:
+            before = torch.zeros_like(self.sums.shares) if self.shares is None else self.shares
+            self.shares = torch.where(self.sums.shares > 0, self.sums.shares, before)
+        self.sums = None
 
     def gradient_norm(self) -> float:
         """The length of the last step's gradient, over all that trains."""
@@ -536,6 +618,7 @@ class Trainer:
     def load_state_dict(self, state: dict) -> None:
         """Go on from there, at the learning rate that the schedule, perhaps a longer one now, has for that step."""
         self.clock.before, self.clock.begun = state["clock"]["before"], state["clock"]["begun"]
+        self.clock.done = max(self.group.gather(self.clock.share()))
         # Of the file only what training has found: all that the config says is the trainer's own.
         own, found = self.optimizer.state_dict(), state["optimizer"]["state"]
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -559,6 +642,9 @@ class Trainer:
             numbers = [value for key, value in sums.items() if key not in ("correct", "shares")]
             if self.sums.correct.dtype != torch.int64 or not all(isinstance(number, int | float) for number in numbers):
                 raise ValueError("the sums of its epoch are no numbers")
+            if self.group.rank:  # the first process has those of all
+                self.sums.correct.zero_()
+                self.sums.shares = None if self.sums.shares is None else torch.zeros_like(self.sums.shares)
 
 
 def learning_rate(config: Config, steps: int, step: float) -> float:
@@ -584,6 +670,7 @@ def make_trainer(
     head: Collection[str] = (),
     trains: nn.Module | None = None,
     clock: Clock | None = None,
+    group: Group = Group(),  # noqa: B008 - which never changes
 ) -> Trainer:
     """The optimizer and its schedule for a run of `steps` steps, or as long as the clock's limit lets it run.
 
@@ -610,22 +697,35 @@ def make_trainer(
     else:
         optimizer = torch.optim.SGD(groups, config.lr, config.momentum, **settings)
     clock = clock or Clock()
+    clock.share()  # from here on it counts
 
     def share(step: int) -> float:
-        return learning_rate(config, steps, max(step, clock.share() * steps))
+        return learning_rate(config, steps, max(step, clock.done * steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     trains = trains or network
-    compiled = torch.compile(trains) if config.compile else trains
-    return Trainer(network, trains, compiled, optimizer, schedule, scaler, device, precision, clock)
+    forward = trains if group.count == 1 else in_group(trains, config, device)
+    forward = torch.compile(forward) if config.compile else forward
+    return Trainer(network, trains, forward, optimizer, schedule, scaler, device, precision, clock, group)
 
 
-def load_data(config: Config, device: torch.device) -> list[datasets.Pictures]:
+def in_group(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """The network, whose gradients become the mean over all processes in each backward pass."""
+    return nn.parallel.DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=config.accumulate == 1,  # it must learn the graph in a step that synchronises
+    )
+
+
+def load_data(config: Config, device: torch.device, group: Group = Group()) -> list[datasets.Pictures]:  # noqa: B008
     """The training and the test set; with `val_fraction`, training, validation (held out of training) and test."""
     names = ("data", "data_dir", "image_size", "resize", "interpolation", "limit", "mean", "std", "data_url")
     names += ("val_fraction", "strict", "workers", "memory_share")
-    train_set, test_set = datasets.load(device=device, **{name: getattr(config, name) for name in names})
+    how = {name: getattr(config, name) for name in names}
+    train_set, test_set = datasets.load(device=device, group=group, **how)
     if not config.val_fraction or test_set.split == "val":  # a folder without train/ was split by val_fraction already
         return [train_set, test_set]
     return [*train_set.hold_out(config.val_fraction, config.seed), test_set]
@@ -642,44 +742,50 @@ def network_options(config: Config, classes: int, trained: dict | None = None) -
     return model.network_options(config.model, classes, config.image_size, append, **settings)
 
 
-def check_network(config: Config, trained: dict | None, run: "Run") -> None:
+def check_network(config: Config, trained: dict | None, run: "Run", group: Group) -> None:
     """Raises NetworkError for a network that cannot train so, before the data are read."""
-    if not run.network:
+    if not run.checkpoint and group.rank == 0:
         model.check(config.model, network_options(config, 2, trained), config.batch_size, config.freeze != "all")
 
 
 def make_network(
-    config: Config, train_set: datasets.Pictures, trained: dict | None, run: "Run"
+    config: Config, train_set: datasets.Pictures, trained: dict | None, run: "Run", group: Group
 ) -> tuple[nn.Module, list[str], dict]:
     """The network, as the run left it or with its first weights, frozen where `config` says so; the names of its
-    head's weights; and its options.
+    head's weights; and its options. All processes get the first one's.
 
     Raises NetworkError or CheckpointError.
     """
+    if run.checkpoint:
+        options = run.checkpoint["model"]["options"]
+    else:
+        options = group.of_first(lambda: network_options(config, len(train_set.classes), trained))
+    head = model.head_keys(config.model, options)
     if run.network:
-        network, options = run.network, run.checkpoint["model"]["options"]
-        head = model.head_keys(config.model, options)
+        network = run.network
+    elif group.rank or run.checkpoint:
+        network = model.create(config.model, options)
     else:
         seed(config.seed)
-        options = network_options(config, len(train_set.classes), trained)
-        network, head = build(config, options, train_set.classes, trained)
+        network = build(config, options, train_set.classes, trained, head)
         if config.whiten and not trained:
             images, _ = look(train_set, torch.arange(min(train_set.evaluation_batch, len(train_set))))[:2]
             model.whiten(network, images)
+    group.spread(network.state_dict().values())
     if config.freeze != "0":
         model.freeze(network, head, None if config.freeze == "all" else int(config.freeze))
     return network, head, options
 
 
-def build(config: Config, options: dict, classes: list[str], trained: dict | None) -> tuple[nn.Module, list[str]]:
-    """A new network with its trained weights, if there are any; and the names of its head's weights."""
-    network, head = model.create(config.model, options), model.head_keys(config.model, options)
+def build(config: Config, options: dict, classes: list[str], trained: dict | None, head: list[str]) -> nn.Module:
+    """A new network with its trained weights, if there are any."""
+    network = model.create(config.model, options)
     if trained:
         append, same_classes = config.head == "append", trained["classes"] == classes
         new = () if append or (config.head == "auto" and same_classes) else head
         source = f"{config.weights} (trained on {trained['image_size']} x {trained['image_size']} pixels)"
         model.transfer(network.network if append else network, trained["state_dict"], new, source)
-    return network, head
+    return network
 
 
 def augmentation(config: Config) -> datasets.Augment | None:
@@ -689,39 +795,48 @@ def augmentation(config: Config) -> datasets.Augment | None:
 
 
 def training_batches(
-    train_set: datasets.Pictures, config: Config, epoch: int, keep: Tensor | None = None, skip: int = 0
+    train_set: datasets.Pictures, config: Config, epoch: int, keep: Tensor | None, skip: int, group: Group
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    return train_set.batches(config.batch_size, config.shuffle, augmentation(config), config.seed, epoch, keep, skip)
+    how = config.batch_size, config.shuffle, augmentation(config), config.seed, epoch
+    return train_set.batches(*how, keep, skip, group, config.accumulate)
 
 
 def as_features(
-    sets: list[datasets.Pictures], frozen: model.HeadOnly, config: Config, precision: torch.dtype
+    sets: list[datasets.Pictures], frozen: model.HeadOnly, config: Config, precision: torch.dtype, group: Group
 ) -> list[datasets.Features] | None:
-    """What the frozen part makes of all pictures, computed once; None where it does not fit into memory."""
+    """What the frozen part makes of all pictures, computed once, by each process of a share of them; None where it does
+    not fit into memory."""
     from tqdm import tqdm
 
     device, found, start = sets[0].labels.device, [], time.perf_counter()
     with tqdm(total=sum(map(len, sets)), desc="features", unit=" pictures", leave=False, disable=None) as bar:
         for pictures in sets:
-            features, done = None, 0
-            for images, labels in pictures.batches(pictures.evaluation_batch):
+            features, (parts, places) = None, evaluation_parts(pictures, group)
+            batches = pictures.batches(parts, group=group)
+            for (images, labels), own in zip(batches, places, strict=True):
                 with autocast(device, precision):
                     batch = frozen.features(images).float()
-                size = batch[0].nbytes * bar.total
-                if not found and not done and size > config.memory_share * datasets.free_memory(device):
+                size = batch[:1].nbytes * bar.total if len(batch) else 0
+                fits = size <= config.memory_share * datasets.free_memory(device)
+                if features is None and not found and not all(group.gather(fits)):
                     print(f"features would take {size / 1e6:,.1f} MB: computed anew every epoch", file=sys.stderr)
                     return None
-                features = batch.new_empty(len(pictures), *batch.shape[1:]) if features is None else features
-                features[done : done + len(labels)] = batch
-                done += len(labels)
-                bar.update(len(labels))
+                features = batch.new_zeros(len(pictures), *batch.shape[1:]) if features is None else features
+                features[own.to(device)] = batch
+                bar.update(len(labels) * group.count)
+            group.sum(features)
             found.append(datasets.Features(features, pictures.labels, pictures.classes, pictures.split))
     print(f"features computed once, in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return found
 
 
 def what_trains(
-    network: nn.Module, head: list[str], sets: list[datasets.Pictures], config: Config, precision: torch.dtype
+    network: nn.Module,
+    head: list[str],
+    sets: list[datasets.Pictures],
+    config: Config,
+    precision: torch.dtype,
+    group: Group,
 ) -> tuple[nn.Module, list[datasets.Pictures]]:
     """What an epoch trains, and on what: the network on pictures; of a frozen one the head, on features if it can."""
     if config.freeze != "all":
@@ -731,7 +846,7 @@ def what_trains(
         return head_only, sets
     if config.tta != "none":
         print("features are computed anew every epoch; --tta none would compute them once", file=sys.stderr)
-    elif features := as_features(sets, head_only, config, precision):
+    elif features := as_features(sets, head_only, config, precision, group):
         return head_only.tail, features
     return head_only, sets
 
@@ -778,28 +893,32 @@ def train_epoch(
     """
     from tqdm import tqdm
 
-    start = time.perf_counter()
+    start, group = time.perf_counter(), trainer.group
     model.train_mode(trainer.trains)
     keep = hardest(trainer, config, epoch)
     order, _ = train_set.order(config.shuffle, config.seed, epoch, keep)
-    parts, places = datasets.cuts(len(order), config.batch_size), order.to(trainer.device)
+    parts = datasets.cuts(len(order), config.batch_size)
     sums = trainer.sums = trainer.sums or new_sums(trainer, len(train_set), config)
     steps_before, losses = trainer.schedule.last_epoch - sums.step, []
-    batches = training_batches(train_set, config, epoch, keep, sums.step)
+    batches = training_batches(train_set, config, epoch, keep, sums.step, group)
+    if sums.shares is not None:
+        own = datasets.own(parts, group, config.accumulate)
+        places = order[own.places].to(trainer.device).split(own.sizes)
     bar = tqdm(batches, f"epoch {epoch}", len(parts), initial=sums.step, unit=" steps", leave=False, disable=None)
     for images, labels in bar:
         sums.lr = trainer.schedule.get_last_lr()[0]
-        seed(config.seed, epoch, sums.step)
-        loss, logits = trainer.step(images, labels, config)
+        seed(config.seed, epoch, sums.step, group.rank)
+        batch = parts[sums.step]
+        loss, logits = trainer.step(images, labels, config, batch)
         losses.append((loss, sums.lr))
         sums.correct += (logits.argmax(1) == labels).sum()
         if sums.shares is not None:
             of_truth = model.probabilities(logits.float(), config.loss).gather(1, labels.view(-1, 1))
-            sums.shares[places[parts[sums.step]]] = of_truth.squeeze(1)
-        sums.step, sums.pictures = sums.step + 1, sums.pictures + len(labels)
+            sums.shares[places[sums.step]] = of_truth.squeeze(1).clamp(min=SEEN)
+        sums.step, sums.pictures = sums.step + 1, sums.pictures + batch.stop - batch.start
         at_end, at_point, leave = sums.step == len(parts), sums.step % LOG_STEPS == 0, stop()
         if at_point or at_end or leave:  # to read a loss waits for the device, so not at every step
-            sums.add_losses(losses, parts, order, epoch)
+            sums.add_losses(losses, parts, order, epoch, group)
         if at_point and not at_end:
             mean = (sums.loss - sums.logged_loss) / (sums.pictures - sums.logged_pictures)
             sums.logged_loss, sums.logged_pictures = sums.loss, sums.pictures
@@ -810,6 +929,11 @@ def train_epoch(
             writer.add_scalar("gradient_norm", trainer.gradient_norm(), steps_before + sums.step)
         if leave:
             break
+    for of_all in (sums.correct, sums.shares):
+        if of_all is not None:
+            group.sum(of_all)
+    if not config.sync_bn:
+        group.spread(trainer.trains.buffers())
     sums.seconds += time.perf_counter() - start
     if sums.step == len(parts):
         trainer.end_epoch()
@@ -826,9 +950,7 @@ def train_epoch(
 
 def new_sums(trainer: Trainer, pictures: int, config: Config) -> Sums:
     """Those of an epoch that begins."""
-    shares = None
-    if config.hardest < 1:
-        shares = torch.zeros(pictures, device=trainer.device) if trainer.shares is None else trainer.shares.clone()
+    shares = torch.zeros(pictures, device=trainer.device) if config.hardest < 1 else None
     return Sums(torch.zeros((), dtype=torch.int64, device=trainer.device), shares)
 
 
@@ -840,18 +962,30 @@ def evaluation_seconds(trainer: Trainer, pictures: datasets.Pictures, config: Co
         with autocast(trainer.device, trainer.precision):
             model.outputs(trainer.trains, [batch], config.tta)[0].sum().item()
         seconds = time.perf_counter() - start
-    return seconds * len(pictures) / min(len(pictures), pictures.evaluation_batch)
+    return seconds * len(pictures) / min(len(pictures), pictures.evaluation_batch) / trainer.group.count
+
+
+def evaluation_parts(pictures: datasets.Pictures, group: Group) -> tuple[int, list[Tensor]]:
+    """How many pictures all processes look at in a batch of an evaluation, and the places of this one's, for each."""
+    size = pictures.evaluation_batch * group.count
+    own = datasets.own(datasets.cuts(len(pictures), size), group)
+    return size, list(own.places.split(own.sizes))
 
 
 def evaluate(
     trainer: Trainer, pictures: datasets.Pictures, config: Config, check: Callable[[], None] = lambda: None
 ) -> tuple[dict, Tensor, Tensor]:
     """Exact mean loss (without label smoothing) and accuracy over all pictures, in eval mode; and what they are of:
-    class probabilities `(N, classes)` and labels `(N,)`. Raises TrainingError when the loss is not finite, and what
-    `check` raises, which is called before each batch."""
-    batches = (check() or batch for batch in pictures.batches(pictures.evaluation_batch))
+    class probabilities `(N, classes)` and labels `(N,)`. Each process of a group looks at a share of them; all get all.
+
+    Raises TrainingError when the loss is not finite, and what `check` raises, which is called before each batch."""
+    size, places = evaluation_parts(pictures, trainer.group)
+    batches = (check() or batch for batch in pictures.batches(size, group=trainer.group))
     with autocast(trainer.device, trainer.precision):
-        logits, labels = model.outputs(trainer.trains, batches, config.tta)
+        own, _ = model.outputs(trainer.trains, batches, config.tta)
+    logits, labels = own.new_zeros(len(pictures), len(pictures.classes), device=trainer.device), pictures.labels
+    logits[torch.cat(places).to(trainer.device)] = own.view(-1, logits.shape[1])
+    trainer.group.sum(logits)  # of pictures that others looked at, they are 0 here
     loss, accuracy = model.score(logits, labels, config.loss)
     if not math.isfinite(loss):
         raise TrainingError(f"the {pictures.split} loss is {loss}; try a lower --lr, or --clip-grad 1")
@@ -880,22 +1014,25 @@ class Run:
     best: memoryview | None = None  # best.pt, as long as it could not be written
     about: dict = field(default_factory=dict)  # what is the same in all checkpoints
     pictures: int = 0  # that it trains on
-    writer: object = None  # TensorBoard's
+    job: str = ""  # of torchrun, which may start the run again
+    writer: object = field(default_factory=views.NoBoard)  # TensorBoard's
+    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    writing: Future | None = None  # what is done there
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """Let other processes have the folder, and tell a failed run what it can go on from."""
-        if self.writer:
-            self.attempt("TensorBoard's events", self.writer.flush)
+        self.background.shutdown()
+        self.attempt("TensorBoard's events", self.writer.flush)
         if self.lock:
             remove(self.folder / LOCK)  # Windows removes none that is open; the lock does it there
             self.lock.release()
-        last = next((path for path in reversed(self.epoch_files()) if path.exists()), "none yet")
-        if isinstance(error, TrainingError) and not self.unsaved:
+        if isinstance(error, TrainingError) and not self.unsaved and self.folder:
+            last = next((path for path in reversed(self.epoch_files()) if path.exists()), "none yet")
             error.add_note(f"last good checkpoint: {last}")
-        elif isinstance(error, KeyboardInterrupt) and self.writer:
+        elif isinstance(error, KeyboardInterrupt) and self.about:
             error.add_note(f"python train.py --resume {quoted(self.folder)}")
 
     def epoch_files(self) -> list[Path]:
@@ -917,6 +1054,17 @@ class Run:
             return False
         self.unsaved.pop(name, None)
         return True
+
+    def later(self, write: Callable[[], None]) -> None:
+        """Write something while training goes on, so that other processes need not wait for the disk."""
+        self.wait()
+        self.writing = self.background.submit(write)
+
+    def wait(self) -> None:
+        """Until what was to be written is; raises what that raised."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
 
     def write_metrics(self) -> None:
         lines = "".join(json.dumps(metrics) + "\n" for metrics in self.history)
@@ -955,7 +1103,7 @@ def open_folder(run: Run, config: Config, about: dict, step: int) -> None:
     again = run.folder is not None
     if not again:
         make_folder(run, config)
-    model.write(run.folder / "config.toml", as_toml(config).encode())
+    model.write(run.folder / "config.toml", (mark(run.job) + as_toml(config)).encode())
     run.about, run.writer = about, views.board(run.folder, step + bool(step) if again else None)
     if again:
         mend_best(run)
@@ -1003,8 +1151,8 @@ def mend_best(run: Run) -> None:
 
 
 def find_run(name: str, log_dir: str, given: dict) -> Path:
-    """The folder of the run called so, or that lies there; without a name, of the newest one that can go on, be it
-    because of what was `given` anew. Raises ConfigError."""
+    """The folder of the run called so, or that lies there; without a name, of the newest one that can go on. Raises
+    ConfigError."""
     folders = [path.parent for path in Path(log_dir).glob("*/config.toml")]
     for folder in (Path(name), Path(log_dir, name)) if name else ():
         if (folder / "config.toml").is_file():
@@ -1013,26 +1161,46 @@ def find_run(name: str, log_dir: str, given: dict) -> Path:
         known = suggestion(name, [folder.name for folder in folders])
         raise ConfigError(f"--resume {name}: no run there (its folder has a config.toml){known}")
 
-    def newest(folder: Path) -> float:
-        found = [folder / name for name in ("config.toml", "metrics.jsonl", "best.pt", INTERRUPTED)]
-        return max((path.stat().st_mtime for path in found if path.exists()), default=0.0)
-
-    for folder in sorted(folders, key=newest, reverse=True):
-        try:
-            config = read_config(folder / "config.toml")
-            history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-        except FileNotFoundError:  # no epoch has ended
-            return folder
-        except (ConfigError, OSError, ValueError):
-            continue  # of another version, or damaged: it has to be named
-        if not all(isinstance(metrics, dict) for metrics in history):
-            continue
-        why = ("epochs", history[-1].get("ended") if history else None)  # it would end, and what was given may be more
-        longer = any(value != getattr(config, name) for name, value in given.items() if name in why)
-        whole = (folder / epoch_file(len(history))).exists()  # else killed while it wrote the last of its files
-        if longer or not whole or not has_ended(history, config):
+    for folder in sorted(folders, key=last_written, reverse=True):
+        if can_go_on(folder, given):
             return folder
     raise ConfigError(f"--resume: no unfinished run in {log_dir}; --resume RUN --epochs N makes a finished one longer")
+
+
+def last_written(folder: Path) -> float:
+    found = [folder / name for name in ("config.toml", "metrics.jsonl", "best.pt", INTERRUPTED)]
+    return max((path.stat().st_mtime for path in found if path.exists()), default=0.0)
+
+
+def can_go_on(folder: Path, given: dict) -> bool:
+    """Whether the run there is unfinished, be it because of what was `given` anew."""
+    try:
+        config = read_config(folder / "config.toml")
+        history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    except FileNotFoundError:  # no epoch has ended
+        return True
+    except (ConfigError, OSError, ValueError):
+        return False  # of another version, or damaged: it has to be named
+    if not all(isinstance(metrics, dict) for metrics in history):
+        return False
+    why = ("epochs", history[-1].get("ended") if history else None)  # it would end, and what was given may be more
+    longer = any(value != getattr(config, name) for name, value in given.items() if name in why)
+    whole = (folder / epoch_file(len(history))).exists()  # else killed while it wrote the last of its files
+    return longer or not whole or not has_ended(history, config)
+
+
+def mark(job: str) -> str:
+    """The first line of config.toml, by which processes that torchrun starts again find their run."""
+    return f"# torchrun {job}\n" if job else ""
+
+
+def run_of_job(job: str, log_dir: str) -> Path | None:
+    """The run that this very torchrun (or one of the same --rdzv-id and flags) began; None where it is done."""
+    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    for path in sorted(Path(log_dir).glob("*/config.toml"), reverse=True) if job else ():
+        if path.read_bytes().startswith(mark(job).encode()) and (is_restart or can_go_on(path.parent, {})):
+            return path.parent
+    return None
 
 
 def reopen(run: Run, folder: Path) -> None:
@@ -1274,6 +1442,27 @@ def about(config: Config, options: dict, classes: list[str]) -> dict:
     }
 
 
+def start(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Config, about: dict) -> None:
+    """Open the run's folder; show what is there before training."""
+    open_folder(run, config, about, trainer.schedule.last_epoch)
+    if not run.network:
+        show_start(run.writer, trainer.network, sets[1].split, config, trainer.device)
+        show(run.writer, trainer.network, sets, 0, 0, config)
+
+
+def record(
+    run: Run, trainer: Trainer, sets: list[datasets.Pictures], answers: list, config: Config, is_best: bool
+) -> None:
+    """Show, save and print what an epoch came to; in the first process."""
+    metrics, ends = run.history[-1], has_ended(run.history, config)
+    show(run.writer, trainer.network, sets, metrics["epoch"], metrics["step"], config, answers, ends)
+    log(run.writer, metrics, memory_used(trainer.device))
+    if ends and config.views and config.embedding:
+        head = model.head_keys(config.model, run.about["model"]["options"])
+        views.attempt("embedding", lambda: show_embedding(run, trainer.network, head, sets[1], config))
+    save_epoch(run, trainer, config, is_best, line(metrics, sets[1].split, config, is_best))
+
+
 def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], config: Config) -> bool:
     """Take an epoch into the run's history, with the reason if it is to be the last; whether it is the best so far."""
     run.trained = None
@@ -1281,36 +1470,53 @@ def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], 
         trainer.end_epoch()
     run.history.append(metrics)
     since_best = len(run.history) - best_of(run.history)["epoch"]
-    if not since_best:
+    if not since_best and run.about:
         run.mistakes = views.worst_pairs(views.count_pairs(*answers), run.about["classes"])
-    if len(run.history) < config.epochs and trainer.clock.is_over():
+    time_is_over = any(trainer.group.gather(trainer.clock.is_over()))
+    if len(run.history) < config.epochs and time_is_over:
         metrics["ended"] = "time_limit"
     elif len(run.history) < config.epochs and 0 < config.patience <= since_best:
         metrics["ended"] = "patience"
     return not since_best
 
 
-def save(run: Run, trainer: Trainer, name: str) -> bool:
-    """Write a checkpoint with all that resuming needs; whether the disk took it."""
+def packed(run: Run, trainer: Trainer) -> memoryview:
+    """A checkpoint with all that resuming needs, as the bytes of a file."""
     of_run = {name: getattr(run, name) for name in RESUMED}
-    training = trainer.state_dict() | of_run
-    return run.attempt(name, lambda: model.save(run.folder / name, run.checkpoint_of(trainer) | {"training": training}))
+    return model.packed(run.checkpoint_of(trainer) | {"training": trainer.state_dict() | of_run})
 
 
-def save_epoch(run: Run, trainer: Trainer, config: Config, is_best: bool) -> None:
-    """Write what an epoch leaves, its checkpoint last: a process that is killed before that does the epoch again.
+def save(run: Run, name: str, content: memoryview) -> bool:
+    """Write a file of the run; whether the disk took it."""
+    return run.attempt(name, lambda: model.write(run.folder / name, content))
 
-    best.pt is without what only resuming needs.
+
+def save_epoch(run: Run, trainer: Trainer, config: Config, is_best: bool, text: str) -> None:
+    """Write what an epoch leaves, and then print its line; the large files in the background.
+
+    Its checkpoint is written last: a process that is killed before that does the epoch again. best.pt is without what
+    only resuming needs.
     """
+    run.wait()
     run.attempt("TensorBoard's events", run.writer.flush)
     run.attempt("metrics.jsonl", run.write_metrics)
     run.best = model.packed(run.checkpoint_of(trainer)) if is_best else run.best
+    content, files = packed(run, trainer), run.epoch_files()
+    run.later(lambda: write_epoch(run, content, files, config.keep, text))
+
+
+def write_epoch(run: Run, content: memoryview, files: list[Path], keep: int, text: str) -> None:
+    """The part of save_epoch for the background: `content` goes into the last of the epochs' files."""
+    from tqdm import tqdm
+
     save_best(run)
-    if save(run, trainer, epoch_file(len(run.history))):
+    if save(run, files[-1].name, content):
         remove(run.folder / INTERRUPTED)
-        for path in run.epoch_files()[: -config.keep] if config.keep and not run.best else ():  # best.pt is made of one
+        for path in files[:-keep] if keep and not run.best else ():  # best.pt is made of one
             remove(path)
             run.unsaved.pop(path.name, None)
+    tqdm.write(text)  # above the bar of the epoch in progress
+    sys.stdout.flush()
 
 
 def save_best(run: Run) -> None:
@@ -1321,10 +1527,13 @@ def save_best(run: Run) -> None:
 
 def leave(run: Run, trainer: Trainer, trained: dict) -> int:
     """Save an interrupted run, and say how to go on; returns the exit status."""
+    if trainer.group.rank:
+        return 130
+    run.wait()
     run.trained = None if trainer.sums else trained  # of an epoch whose steps are all done
     save_best(run)
     where = f"epoch {len(run.history) + 1}, {f'step {trainer.sums.step}' if trainer.sums else 'after its steps'}"
-    saved = save(run, trainer, INTERRUPTED)
+    saved = save(run, INTERRUPTED, packed(run, trainer))
     how = "from there, to the same result" if saved else "from the checkpoint before"
     with contextlib.suppress(OSError):  # who read the output may have ended by the same Ctrl-C
         print(f"train.py: interrupted in {where}; this goes on {how}:", file=sys.stderr)
@@ -1346,31 +1555,45 @@ def finish(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Co
 
     Raises TrainingError when something could not be saved.
     """
-    split = sets[0].split
-    save_best(run)
-    if "best.pt" in run.unsaved:  # what is called so is another epoch's, if anything
-        raise TrainingError(f"not saved: best.pt ({run.unsaved['best.pt']})")
-    best, mistakes = best_of(run.history), run.mistakes
-    if len(sets) == 1:
-        result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
-    else:
-        network, checkpoint = model.load(run.folder / "best.pt", trainer.device)
-        test, *answers = evaluate(replace(trainer, trains=network), sets[1], config)
-        mistakes = views.worst_pairs(views.count_pairs(*answers), run.about["classes"])
-        for name, value in test.items():
-            run.writer.add_scalar(f"{name.partition('_')[2]}/test", value, best["step"])
-        run.attempt("best.pt", lambda: model.save(run.folder / "best.pt", checkpoint | {"metrics": best | test}))
-        result = f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {test['test_accuracy']:.1%}"
+    if trainer.group.rank == 0:
+        run.wait()
+        save_best(run)
+        if "best.pt" in run.unsaved:  # what is called so is another epoch's, if anything
+            raise TrainingError(f"not saved: best.pt ({run.unsaved['best.pt']})")
+    if len(sets) > 1:
+        test_best(run, trainer, sets[1], config)
+    if trainer.group.rank:
+        return
     run.attempt("TensorBoard's events", run.writer.flush)
     if why := run.history[-1].get("ended"):
         print(f"ended after epoch {len(run.history)} of {config.epochs} by {flag(why)} {getattr(config, why):g}")
+    best, split = best_of(run.history), sets[0].split
+    result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
+    if len(sets) > 1:
+        result = f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {best['test_accuracy']:.1%}"
     print(f"best: epoch {best['epoch']}, {result}")
-    if mistakes:
-        print(f"most mistaken: {', '.join(mistakes)}")
+    if run.mistakes:
+        print(f"most mistaken: {', '.join(run.mistakes)}")
     print(f"python predict.py YOUR_PICTURE --checkpoint {quoted(run.folder / 'best.pt')}")
     print(f"tensorboard --logdir {quoted(config.log_dir)}")
     if run.unsaved:
         raise TrainingError(f"not saved: {', '.join(f'{name} ({why})' for name, why in run.unsaved.items())}")
+
+
+def test_best(run: Run, trainer: Trainer, test_set: datasets.Pictures, config: Config) -> None:
+    """Test the best epoch's network, which the trainer gets, and add what came out to best.pt and the history."""
+    best = best_of(run.history)
+    if trainer.group.rank == 0:
+        checkpoint = model.read(run.folder / "best.pt", trainer.device)
+        trainer.network.load_state_dict(checkpoint["state_dict"])
+    trainer.group.spread(trainer.network.state_dict().values())
+    test, *answers = evaluate(replace(trainer, trains=trainer.network), test_set, config)
+    best |= test
+    if trainer.group.rank == 0:
+        run.mistakes = views.worst_pairs(views.count_pairs(*answers), run.about["classes"])
+        for name, value in test.items():
+            run.writer.add_scalar(f"{name.partition('_')[2]}/test", value, best["step"])
+        save(run, "best.pt", model.packed(checkpoint | {"metrics": best}))
 
 
 def quoted(path: str | Path) -> str:
@@ -1378,8 +1601,10 @@ def quoted(path: str | Path) -> str:
     return f'"{path}"' if " " in str(path) else str(path)
 
 
-def say_what(config: Config, sets: Iterable[datasets.Pictures], network: nn.Module, device: torch.device) -> None:
-    """One line on standard error: the pictures, the network and its weights, the device."""
+def say_what(
+    config: Config, sets: Iterable[datasets.Pictures], network: nn.Module, device: torch.device, group: Group
+) -> None:
+    """One line on standard error: the pictures, the network and its weights, the device and how many processes."""
     sizes = ", ".join(f"{len(pictures):,} {pictures.split}" for pictures in sets)
     parameters = list(network.parameters())
     count, training = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
@@ -1388,7 +1613,8 @@ def say_what(config: Config, sets: Iterable[datasets.Pictures], network: nn.Modu
         about += f", {training:,} of them trained"
     if config.weights != "none":
         about += f", from {config.weights}"
-    print(f"{config.data}: {sizes} pictures; {about}; {device}", file=sys.stderr)
+    where = f"{group.count} processes, this one on {device}" if group.count > 1 else device
+    print(f"{config.data}: {sizes} pictures; {about}; {where}", file=sys.stderr)
 
 
 # ---- the story -----------------------------------------------------------------------------------------------------
@@ -1397,52 +1623,57 @@ def say_what(config: Config, sets: Iterable[datasets.Pictures], network: nn.Modu
 def main(argv: list[str] | None = None) -> int:
     """Train as these flags say; returns the exit status: 0, or 130 when it was interrupted."""
     clock = Clock()
-    with Run() as run:
-        config = parse(argv, run)
-        config, trained = (config, None) if run.network else resolve(config)
+    config, *more = parse(argv)
+    with Group(config.timeout) as group, Run() as run:
+        config, trained = begin(run, config, *more, group)
         clock.limit = 60 * config.time_limit or math.inf
-        device = pick(config.device)
+        device = pick(config.device, group)
         precision = pick_precision(config.precision, device)
         tune(device, config.deterministic)
-        check_network(config, trained, run)
+        check_network(config, trained, run, group)
 
-        train_set, *eval_sets = load_data(config, device)  # the first of eval_sets chooses the best epoch
-        split, shown_sets = eval_sets[0].split, [train_set, eval_sets[0]]
+        train_set, *eval_sets = load_data(config, device, group)  # the first of eval_sets chooses the best epoch
+        shown_sets = [train_set, eval_sets[0]]
         config = replace(config, mean=train_set.mean, std=train_set.std)
 
-        network, head, options = make_network(config, train_set, trained, run)
+        network, head, options = make_network(config, train_set, trained, run, group)
         network, trained = network.to(device, memory_format=memory_format(device)), None  # its memory is free again
-        say_what(config, (train_set, *eval_sets), network, device)
+        network = model.synchronise(network, device) if config.sync_bn and group.count > 1 else network
+        say_what(config, (train_set, *eval_sets), network, device, group)
 
-        trains, epoch_sets = what_trains(network, head, shown_sets, config, precision)
+        trains, epoch_sets = what_trains(network, head, shown_sets, config, precision, group)
         steps = all_steps(run.history, len(train_set), config)
-        trainer = make_trainer(network, config, steps, device, precision, head, trains, clock)
+        trainer = make_trainer(network, config, steps, device, precision, head, trains, clock, group)
         if config.time_limit:
             clock.ending = len(eval_sets) * evaluation_seconds(trainer, epoch_sets[1], config)
         go_on(run, trainer, train_set, config)
+        if group.rank == 0:
+            start(run, trainer, shown_sets, config, about(config, options, train_set.classes))
+        with Interrupts(group) as interrupts:
 
-        open_folder(run, config, about(config, options, train_set.classes), trainer.schedule.last_epoch)
-        if not run.network:
-            show_start(run.writer, network, split, config, device)
-            show(run.writer, network, shown_sets, 0, 0, config)
-        with Interrupts() as interrupts:
+            def votes() -> list[float]:  # of all processes: is one asked to stop, or out of time, and how far are they?
+                return group.most(interrupts.asked, clock.is_over(), clock.share())
+
+            def stop() -> bool:
+                asked, is_over, clock.done = votes()
+                return bool(asked or is_over)
+
+            def check() -> None:
+                if votes()[0]:
+                    raise Interrupted
+
             while not has_ended(run.history, config):
-                epoch, stop = len(run.history) + 1, lambda: interrupts.asked or clock.is_over()
+                epoch = len(run.history) + 1
                 metrics = run.trained or train_epoch(trainer, epoch_sets[0], config, epoch, run.writer, stop)
                 trained_seconds = clock.seconds()
                 try:
-                    held_out, *answers = evaluate(trainer, epoch_sets[1], config, interrupts.check)
+                    held_out, *answers = evaluate(trainer, epoch_sets[1], config, check)
                 except Interrupted:
                     return leave(run, trainer, metrics)
                 metrics |= held_out
                 is_best = end_epoch(run, trainer, metrics, answers, config)
-                ends = has_ended(run.history, config)
-                show(run.writer, network, shown_sets, epoch, metrics["step"], config, answers, ends)
-                log(run.writer, metrics, memory_used(device))
-                if ends and config.views and config.embedding:
-                    views.attempt("embedding", lambda: show_embedding(run, network, head, eval_sets[0], config))
-                save_epoch(run, trainer, config, is_best)
-                print(line(metrics, split, config, is_best), flush=True)
+                if group.rank == 0:
+                    record(run, trainer, shown_sets, answers, config, is_best)
                 clock.ending = max(clock.ending, (clock.seconds() - trained_seconds) * len(eval_sets))
         finish(run, trainer, eval_sets, config)
     return 0
@@ -1452,7 +1683,9 @@ def cli(argv: list[str] | None = None) -> int:
     """main() for the command line: a user's mistake ends in one line, not in a traceback."""
     try:
         return main(argv)
-    except (*WRONG_CALL, datasets.DataError, model.CheckpointError, TrainingError, OSError) as error:
+    except Ended:
+        return 1
+    except (*WRONG_CALL, datasets.DataError, model.CheckpointError, TrainingError, GroupError, OSError) as error:
         where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         message = "; ".join(map(str, [where, *getattr(error, "__notes__", [])]))
         print(f"train.py: {model.printable(message)}", file=sys.stderr)

@@ -318,6 +318,16 @@ class EventFile:
         """Nothing to do: whoever wants a last flush does it, and hears whether it worked."""
 
 
+class NoBoard:
+    """Stands in for TensorBoard's writer in processes that write nothing."""
+
+    def add_scalar(self, *_: object) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
 def board(folder: Path, purge_step: int | None = None):
     """A SummaryWriter that leaves its events in an EventFile.
 

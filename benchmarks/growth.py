@@ -14,11 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from loop import NoWriter
 
 import datasets
 import model
 import train
+import views
 from device import memory_format, pick, pick_precision, tune
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", help="cifar10 or a folder with its pictures")
     parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
     args, flags = parser.parse_known_args()
-    config, _ = train.resolve(train.parse([*flags, "--data", args.data]))
+    config, _ = train.resolve(train.parse([*flags, "--data", args.data])[0])
     device = pick(config.device)
     tune(device)
     [pictures] = datasets.load(args.data, device=device, splits=["train"])
@@ -44,7 +44,7 @@ def main() -> None:
 
     def seconds(part: datasets.Pictures, epochs: int = 3) -> float:
         return statistics.median(
-            train.train_epoch(trainer, part, config, epoch, NoWriter())["epoch_seconds"] for epoch in range(epochs)
+            train.train_epoch(trainer, part, config, epoch, views.NoBoard())["epoch_seconds"] for epoch in range(epochs)
         )
 
     parts = {count: pictures.take(torch.arange(count)) for count in (len(pictures) // by for by in (4, 2, 1))}
@@ -54,7 +54,7 @@ def main() -> None:
         print(f"{count:6,} pictures: {took:6.2f} s an epoch, {1e6 * took / count:6.1f} us a picture", flush=True)
     part, after = parts[min(parts)], []
     for epoch in range(20):
-        train.train_epoch(trainer, part, config, epoch, NoWriter())
+        train.train_epoch(trainer, part, config, epoch, views.NoBoard())
         after.append(resident())
     print(f"memory: {after[0]:,.1f} MiB after epoch 1, {after[-1]:,.1f} after epoch 20, at most {max(after):,.1f}")
     for threads in range(1, torch.get_num_threads() + 1):

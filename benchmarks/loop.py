@@ -21,6 +21,7 @@ import torch
 import datasets
 import model
 import train
+import views
 from device import autocast, memory_format, pick, pick_precision, tune
 
 ROOT = Path(__file__).parent.parent
@@ -47,13 +48,6 @@ with tempfile.TemporaryDirectory() as logs:
 """
 
 
-class NoWriter:
-    """Stands in for TensorBoard's writer, whose cost is counted in steps of a hundred and is next to nothing."""
-
-    def add_scalar(self, *_: object) -> None:
-        pass
-
-
 def compare(name: str, sides: dict[str, Callable[[], int]], rounds: int, device: torch.device) -> None:
     """Run both in turn, after a round that warms up; each returns how many pictures it worked on."""
     rates = {side: [] for side in sides}
@@ -77,7 +71,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     rounds = 3 if args.quick else args.rounds
 
-    config, _ = train.resolve(train.parse([*flags, "--data", "shapes"]))
+    config, _ = train.resolve(train.parse([*flags, "--data", "shapes"])[0])
     device = pick(config.device)
     precision = pick_precision(config.precision, device)
     tune(device)
@@ -104,7 +98,7 @@ def main() -> None:
         return steps * len(labels)
 
     def epoch() -> int:
-        train.train_epoch(ours, train_set, config, 1, NoWriter())
+        train.train_epoch(ours, train_set, config, 1, views.NoBoard())
         return len(train_set)
 
     compare("training", {"ours": epoch, "bare": bare_steps}, rounds, device)

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torchvision
-from loop import NoWriter
 from torch import nn
 
 import datasets
 import model
 import train
+import views
 from device import memory_format, pick, pick_precision, tune
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "tutorial.toml")
@@ -78,11 +78,11 @@ class Tutorial:
 
 def ours(pictures: datasets.Pictures, precision: str) -> Callable[[int], object]:
     """A function that trains one epoch of the same network by train.py."""
-    config, _ = train.resolve(train.parse(["--config", CONFIG, "--precision", precision, "--device", "cpu"]))
+    config, _ = train.resolve(train.parse(["--config", CONFIG, "--precision", precision, "--device", "cpu"])[0])
     device = pick("cpu")
     network = model.create("cifar_quick", train.network_options(config, 10)).to(memory_format=memory_format(device))
     trainer = train.make_trainer(network, config, 10**6, device, pick_precision(precision, device))
-    return lambda epoch: train.train_epoch(trainer, pictures, config, epoch, NoWriter())
+    return lambda epoch: train.train_epoch(trainer, pictures, config, epoch, views.NoBoard())
 
 
 def main() -> None:

@@ -224,7 +224,7 @@ def test_the_shipped_weights_are_those_of_the_default_config():
     network, checkpoint = model.load(path)
     assert path.stat().st_size < 1e6 and sum(p.numel() for p in network.parameters()) == 145_770
     assert checkpoint["classes"] == datasets.CIFAR10_CLASSES and checkpoint["metrics"]["test_accuracy"] > 0.8
-    wanted = vars(train.parse([]))
+    wanted = vars(train.parse([])[0])
     differ = {key for key, value in checkpoint["config"].items() if value != wanted[key]}
     assert differ <= {"data", "image_size", "resize", "interpolation", "mean", "std", "run_name"}
 

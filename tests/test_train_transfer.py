@@ -37,20 +37,20 @@ def imagenet(tmp_path, monkeypatch):
 
 
 def test_nothing_is_filled_in_without_weights():
-    config, trained = train.resolve(train.parse([]))
+    config, trained = train.resolve(train.parse([])[0])
     assert trained is None and (config.image_size, config.resize, config.interpolation) == (32, 32, "bilinear")
     assert config.mean == ()  # to be measured
 
 
 def test_imagenet_weights_bring_their_pictures_sizes(imagenet):
     flags = ["--model", "squeezenet1_1", "--weights", "imagenet"]
-    config, _ = train.resolve(train.parse(flags))
+    config, _ = train.resolve(train.parse(flags)[0])
     assert (config.image_size, config.resize, config.interpolation) == (224, 256, "bilinear")
     assert config.mean == (0.485, 0.456, 0.406) and config.std == (0.229, 0.224, 0.225)
-    config, _ = train.resolve(train.parse([*flags, "--image-size", "64"]))
+    config, _ = train.resolve(train.parse([*flags, "--image-size", "64"])[0])
     assert (config.image_size, config.resize) == (64, 64)
     given = "--image-size 64 --resize 72 --interpolation bicubic --mean 0 0 0 --std 1 1 1".split()
-    config, _ = train.resolve(train.parse([*flags, *given]))
+    config, _ = train.resolve(train.parse([*flags, *given])[0])
     assert (config.image_size, config.resize, config.interpolation) == (64, 72, "bicubic")
     assert (config.mean, config.std) == ((0, 0, 0), (1, 1, 1))
 
@@ -65,7 +65,7 @@ def test_what_weights_bring_is_in_the_checkpoint_and_used_to_predict(imagenet, t
 
 
 def test_checkpoints_bring_theirs(run):
-    config, trained = train.resolve(train.parse(["--weights", str(run / "best.pt")]))
+    config, trained = train.resolve(train.parse(["--weights", str(run / "best.pt")])[0])
     assert list(config.mean) == trained["mean"] and config.image_size == 32
 
 
@@ -78,7 +78,7 @@ def unchanged(before: dict, after: dict) -> set[str]:
 
 def test_the_head_is_kept_for_the_same_classes_and_new_for_others(run, colour_folder, tmp_path):
     old = model.read(run / "best.pt")
-    config = train.parse(["--weights", str(run / "best.pt")])
+    config = train.parse(["--weights", str(run / "best.pt")])[0]
     for classes, head, kept in (
         (old["classes"], "auto", True),
         (old["classes"], "replace", False),
@@ -86,7 +86,9 @@ def test_the_head_is_kept_for_the_same_classes_and_new_for_others(run, colour_fo
         (["a"] * 10, "auto", False),
     ):
         config = train.replace(config, head=head, image_size=32)
-        network, names = train.build(config, train.network_options(config, len(classes), old), classes, old)
+        options = train.network_options(config, len(classes), old)
+        names = model.head_keys(config.model, options)
+        network = train.build(config, options, classes, old, names)
         same = unchanged(old["state_dict"], network.state_dict()) if len(classes) == 10 else set()
         assert names == ["head.weight", "head.bias"]
         assert ({"head.weight", "head.bias"} <= same) is kept

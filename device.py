@@ -318,6 +318,17 @@ class Interrupts:
             )
 
 
+def end(status: int) -> None:
+    """End the program with this exit status."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # who read it has ended, and Python would say so at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if "RANK" in os.environ:  # one of PyTorch's threads would now and then abort a process that ends in peace
+        os._exit(status)
+    sys.exit(status)
+
+
 def why(device: torch.device, precision: torch.dtype) -> tuple[str, str]:
     """The reasons for `auto`'s choice of device and precision, in words."""
     of_device = {

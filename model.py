@@ -525,29 +525,47 @@ def train_mode(network: nn.Module) -> None:
             module.eval()
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation by all processes' pictures, images `(N, C, H, W)` of any N in each.
+class SumOfAll(torch.autograd.Function):
+    """The sum of all processes' tensors, through which gradients flow back to all."""
+
+    @staticmethod
+    def forward(_, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_, gradient: Tensor) -> Tensor:
+        return SumOfAll.forward(None, gradient)
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation by all processes' inputs, `(N, C, ...)` of any N in each.
 
     It computes what torch.nn.SyncBatchNorm does, which takes GPUs alone.
     """
 
-    def forward(self, images: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(images)
-        from torch.distributed.nn.functional import all_reduce
+    def _check_input_dim(self, _: Tensor) -> None:
+        pass
 
-        count = images.new_full((1,), images.numel() / images.shape[1], dtype=torch.float32)
-        *sums, count = all_reduce(torch.cat([images.float().sum((0, 2, 3)), count])).split([images.shape[1], 1])
-        mean = sums[0] / count
-        centred = images.float() - mean.view(1, -1, 1, 1)
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(inputs)
+        dims = [0, *range(2, inputs.ndim)]
+        shape = [1, -1, *[1] * (inputs.ndim - 2)]
+        values, channels = inputs.float(), inputs.shape[1]
+        count = values.new_tensor([values.numel() / channels])
+        total, count = SumOfAll.apply(torch.cat([values.sum(dims), count])).split([channels, 1])
+        mean = total / count
+        centred = values - mean.view(shape)
+        variance = SumOfAll.apply(centred.square().sum(dims)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(variance * count / (count - 1), share)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(images.dtype)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(inputs.dtype)
 
 
 def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
@@ -555,7 +573,7 @@ def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = SyncBatchNorm  # the same weights and buffers, under the same names
     return network
 

@@ -37,6 +37,7 @@ from device import (
     Interrupted,
     Interrupts,
     autocast,
+    end,
     memory_format,
     memory_used,
     pick,
@@ -1699,9 +1700,4 @@ def cli(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = cli()
-    try:
-        sys.stdout.flush()
-    except OSError:  # who read it has ended, and Python would say so at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)
+    end(cli())

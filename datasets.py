@@ -203,6 +203,11 @@ class Pictures:
         """How many pictures evaluation takes at a time: 250, or fewer if they are large."""
         return evaluation_batch(self.side)
 
+    def evaluation_parts(self, group: Group) -> tuple[int, Tensor]:
+        """How many pictures a group looks at together in an evaluation, and the places of this process's pictures."""
+        size = self.evaluation_batch * group.count
+        return size, own(cuts(len(self), size), group).places
+
     @property
     def ahead(self) -> int:
         """How many pictures are made ready in one go: small batches would pay for the calls, not for the work."""

@@ -6,13 +6,19 @@
 import argparse
 import contextlib
 import csv
+import errno
+import hashlib
 import io
+import itertools
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +28,22 @@ from torch import Tensor, nn
 import datasets
 import model
 import views
-from device import DeviceError, memory_format, pick
+from device import DeviceError, Ended, Group, GroupError, end, memory_format, pick
 
 EXPLAINED = ".explained.png"  # how the names of the pictures that --show writes end
 BATCH = 250  # pictures in memory at a time
 MANY = 2000  # files, from which on it pays to start processes that read them
+PART = 1000  # files whose answers are saved together, where a table is written
+DAY = 86400.0  # seconds; the processes that share many files are not done at the same time
+
+
+class Answer(NamedTuple):
+    """What is said about a picture."""
+
+    name: str | Path
+    top: list[tuple[str, float]] | None  # classes and their probabilities, None for what can't be read
+    picture: np.ndarray  # uint8 (side, side, 3), as the network sees it
+    reason: str = ""  # why it can't be read
 
 
 def newest_checkpoint(log_dir: Path = Path("logs")) -> Path:
@@ -59,10 +76,11 @@ def sizing(checkpoint: dict) -> datasets.Sizing:
     return datasets.Sizing(checkpoint["image_size"], checkpoint["resize"], checkpoint["interpolation"])
 
 
-def decode(names: list[str | Path], sizing: datasets.Sizing) -> Iterator[tuple[list, datasets.Decoded]]:
+def decode(names: list[str | Path], sizing: datasets.Sizing, group: Group) -> Iterator[tuple[list, datasets.Decoded]]:
     """Names and what was read of them, some at a time and in order; of many files by processes of their own, if there
     are cores that the network leaves them: on two cores they would only be in each other's way."""
-    workers = datasets.cores() - 2 if len(names) >= MANY and "-" not in names and datasets.cores() >= 4 else 0
+    cores = datasets.cores() // group.local_count
+    workers = cores - 2 if len(names) >= MANY and "-" not in names and cores >= 4 else 0
     # What workers hand over has to fit into 64 MB of shared memory (Docker's default).
     batch = max(1, min(BATCH, 2**23 // (sizing.side**2 * max(1, workers))))
     plan = [list(range(start, min(start + batch, len(names)))) for start in range(0, len(names), batch)]
@@ -78,14 +96,11 @@ def decode(names: list[str | Path], sizing: datasets.Sizing) -> Iterator[tuple[l
 
 
 def answers(
-    names: Iterable[str | Path], network: nn.Module, checkpoint: dict, device: torch.device, top_k: int
-) -> Iterator[tuple[str | Path, list[tuple[str, float]] | None, np.ndarray]]:
-    """A picture's name, its `top_k` classes with their probabilities, and itself, uint8 `(side, side, 3)`.
-
-    One that can't be read is named with the reason on standard error; its classes are None.
-    """
+    names: list[str | Path], network: nn.Module, checkpoint: dict, device: torch.device, top_k: int, group: Group
+) -> Iterator[Answer]:
+    """The `top_k` classes of each picture, in order."""
     classes = checkpoint["classes"]
-    for batch, decoded in decode(list(names), sizing(checkpoint)):
+    for batch, decoded in decode(names, sizing(checkpoint), group):
         readable = decoded.extent > 0
         tops, reasons = iter(()), iter(decoded.bad)
         if readable.any():
@@ -94,57 +109,137 @@ def answers(
             tops = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for name, good, picture in zip(batch, readable.tolist(), decoded.images.numpy(), strict=True):
             if good:
-                yield name, [(classes[place], share) for share, place in zip(*next(tops), strict=True)], picture
+                top = [(classes[place], share) for share, place in zip(*next(tops), strict=True)]
+                yield Answer(name, top, picture)
                 continue
             _, reason = next(reasons)
             if name != "-" and Path(name).is_dir():
                 reason = "no pictures in this folder"
-            print(f"predict.py: {datasets.printable(f'{name}: {reason}')}", file=sys.stderr)
-            yield name, None, picture
+            yield Answer(name, None, picture, reason)
 
 
-def explain(
-    name: str | Path, top: list[tuple[str, float]], picture: np.ndarray, network: nn.Module, checkpoint: dict
-) -> None:
+def explain(answer: Answer, network: nn.Module, checkpoint: dict) -> None:
     """Write `dog.explained.png` beside `dog.png`: the picture, what the answer hangs on, the top classes as bars."""
-    path = Path("standard_input" if name == "-" else name)
+    path = Path("standard_input" if answer.name == "-" else answer.name)
     path = path.with_name(path.name.removesuffix(".png") + EXPLAINED)
-    image = torch.from_numpy(picture).permute(2, 0, 1)[None].to(next(network.parameters()).device)
+    image = torch.from_numpy(answer.picture).permute(2, 0, 1)[None].to(next(network.parameters()).device)
     heat = views.saliency(network, datasets.normalize(image, checkpoint["mean"], checkpoint["std"]))
     file = io.BytesIO()
-    Image.fromarray(views.explained(picture, heat, *map(list, zip(*top, strict=True)))).save(file, "PNG")
+    Image.fromarray(views.explained(answer.picture, heat, *map(list, zip(*answer.top, strict=True)))).save(file, "PNG")
     model.write(path, file.getvalue())
     print(f"explained: {datasets.printable(str(path))}", file=sys.stderr)
 
 
-def explaining(answered: Iterator, network: nn.Module, checkpoint: dict) -> Iterator:
+def explaining(answered: Iterable[Answer], network: nn.Module, checkpoint: dict) -> Iterator[Answer]:
     """The same answers; each picture is explained as it passes."""
-    for name, top, picture in answered:
-        if top is not None:
-            explain(name, top, picture, network, checkpoint)
-        yield name, top, picture
+    for answer in answered:
+        if answer.top is not None:
+            explain(answer, network, checkpoint)
+        yield answer
 
 
-def report(answered: Iterator, top_k: int, form: str) -> int:
+def complain(name: str | Path, reason: str) -> None:
+    print(f"predict.py: {datasets.printable(f'{name}: {reason}')}", file=sys.stderr)
+
+
+def header(top_k: int) -> list[str]:
+    return ["file"] + [f"{what}_{place + 1}" for place in range(top_k) for what in ("class", "probability")]
+
+
+def row(answer: Answer) -> list[str]:
+    """The answer in a line of a table."""
+    return [cell(str(answer.name))] + [part for guess, share in answer.top for part in (cell(guess), f"{share:.6f}")]
+
+
+def report(answered: Iterable[Answer], top_k: int, form: str) -> int:
     """Print the `top_k` classes of each picture as text, JSON lines or CSV; returns the exit status."""
     failed = False
     table = csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
-        table.writerow(
-            ["file"] + [f"{what}_{place + 1}" for place in range(top_k) for what in ("class", "probability")]
-        )
-    for name, top, _ in answered:
-        if top is None:
+        table.writerow(header(top_k))
+    for answer in answered:
+        if answer.top is None:
             failed = True
-            continue
-        if form == "json":
-            guesses = [{"class": guess, "probability": round(share, 6)} for guess, share in top]
-            text = json.dumps({"file": str(name), "classes": guesses}, ensure_ascii=False)
-            print(text if text.isprintable() else json.dumps({"file": str(name), "classes": guesses}))
+            complain(answer.name, answer.reason)
+        elif form == "json":
+            guesses = [{"class": guess, "probability": round(share, 6)} for guess, share in answer.top]
+            text = json.dumps({"file": str(answer.name), "classes": guesses}, ensure_ascii=False)
+            print(text if text.isprintable() else json.dumps({"file": str(answer.name), "classes": guesses}))
         elif form == "csv":
-            table.writerow([cell(str(name))] + [part for guess, share in top for part in (cell(guess), f"{share:.6f}")])
+            table.writerow(row(answer))
         else:
-            print("  ".join([datasets.printable(str(name))] + [f"{guess} {share:.1%}" for guess, share in top]))
+            shares = [f"{guess} {share:.1%}" for guess, share in answer.top]
+            print("  ".join([datasets.printable(str(answer.name)), *shares]))
+    return int(failed)
+
+
+# ---- very many files -----------------------------------------------------------------------------------------------
+
+
+def write_table(
+    out: Path, names: list[str], top_k: int, answer: Callable[[list[str]], Iterable[Answer]], of: str, group: Group
+) -> int:
+    """Write a CSV file about all these pictures; returns the exit status.
+
+    The processes of a group share them by thousands. Each thousand is saved when it is done, in a folder beside the
+    file, so that after a stop only the others are left to do; it is tossed if it is of other names or settings (`of`).
+    """
+    from tqdm import tqdm
+
+    folder = out.with_name(f"{out.name}.parts")
+    group.of_first(lambda: open_parts(folder, hashlib.sha256(repr((of, names)).encode()).hexdigest()))
+    parts = [(folder / f"{start:012}.json", names[start : start + PART]) for start in range(0, len(names), PART)]
+    own = [(path, inside) for path, inside in parts[group.rank :: group.count] if not path.exists()]
+    done = len(names) - sum(group.gather(sum(len(inside) for _, inside in own)))
+    if done:
+        print(f"{folder}: {done:,} of {len(names):,} files are done already", file=sys.stderr)
+    left = sum(len(inside) for _, inside in own)
+    with tqdm(total=left, desc="files", unit=" files", disable=None, leave=False) as bar:
+        answered = iter(answer([name for _, inside in own for name in inside]))
+        for path, inside in own:
+            rows, bad = [], []
+            for found in itertools.islice(answered, len(inside)):
+                rows.append(row(found)) if found.top is not None else bad.append([found.name, found.reason])
+            model.write(path, json.dumps({"rows": rows, "bad": bad}).encode())
+            bar.update(len(inside))
+    group.gather(None)  # until all have done theirs
+    return merge(out, [path for path, _ in parts], top_k) if group.rank == 0 else 0
+
+
+def open_parts(folder: Path, of: str) -> None:
+    """Make the folder for parts of a table, empty but for parts of this very one."""
+    about = folder / "of"
+    if about.is_file() and about.read_text() != of:
+        print(f"{folder}: of another table, done anew", file=sys.stderr)
+        shutil.rmtree(folder)
+    elif not about.is_file() and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            errno.EEXIST, "parts of the table are to go there, but something else is in it", str(folder)
+        )
+    folder.mkdir(exist_ok=True)
+    model.write(about, of.encode())
+
+
+def merge(out: Path, parts: list[Path], top_k: int) -> int:
+    """Make the table of its parts, name what could not be read, and remove the parts; returns the exit status."""
+    if missing := [path for path in parts if not path.exists()]:
+        raise datasets.DataError(f"{missing[0]}: written on another machine; {out.parent} must be on a shared disk")
+    failed, aside = False, out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(header(top_k))
+            for path in parts:
+                part = json.loads(path.read_bytes())
+                table.writerows(part["rows"])
+                for name, reason in part["bad"]:
+                    failed = True
+                    complain(name, reason)
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
+    shutil.rmtree(parts[0].parent)
+    print(out)
     return int(failed)
 
 
@@ -155,18 +250,23 @@ def cell(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) and text != "-" else text
 
 
-def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, device: torch.device) -> dict:
+def evaluate(
+    data: str, data_dir: str, network: nn.Module, checkpoint: dict, device: torch.device, group: Group
+) -> dict:
     """Loss, accuracy, accuracy a class and confusion counts (rows: truth) on a test set. Raises DataError."""
     classes, config = checkpoint["classes"], checkpoint["config"]
     how = {name: checkpoint[name] for name in ("image_size", "resize", "interpolation", "mean", "std")}
     fraction = config.get("val_fraction", 0.0)
     how["val_fraction"] = fraction if isinstance(fraction, float) and 0 <= fraction < 1 else 0.0
-    [test_set] = datasets.load(data, data_dir, device=device, splits=["test"], **how)
+    [test_set] = datasets.load(data, data_dir, device=device, splits=["test"], group=group, **how)
     if strange := [name for name in test_set.classes if name not in classes]:
         raise datasets.DataError(f"{data}: the checkpoint does not know class {strange[0]!r}; {', '.join(classes)}")
     renumber = torch.tensor([classes.index(name) for name in test_set.classes], device=device)
     test_set.labels = renumber[test_set.labels]
-    logits, labels = model.outputs(network, test_set.batches(test_set.evaluation_batch), config.get("tta", "none"))
+    at_once, places = test_set.evaluation_parts(group)
+    logits, _ = model.outputs(network, test_set.batches(at_once, group=group), config.get("tta", "none"))
+    logits = logits.to(device).view(len(places), -1 if len(places) else len(classes))
+    logits, labels = group.whole(logits, places, len(test_set)), test_set.labels
     loss, accuracy = model.score(logits, labels, config.get("loss", "cross_entropy"))
     pairs = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
     confusion = pairs.view(len(classes), -1).tolist()
@@ -190,6 +290,10 @@ def show(result: dict, classes: list[str]) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for place, (flag, after) in enumerate(itertools.pairwise([*argv, ""])):
+        if flag == "--csv" and not after.lower().endswith(".csv"):  # what follows is no file to write but a picture
+            argv[place] = "--csv="
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files, folders, or - for standard input")
     parser.add_argument("--evaluate", metavar="DATA", help="measure on the test set of cifar10, shapes or a folder")
@@ -198,7 +302,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes a picture (default: 3)")
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--json", dest="form", action="store_const", const="json", help="a JSON object a line")
-    forms.add_argument("--csv", dest="form", action="store_const", const="csv", help="a table with a header")
+    forms.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="a table with a header; with a FILE, whose name ends in .csv, a stopped run goes on where it was, and "
+        "torchrun can share the work",
+    )
     parser.add_argument("--show", action="store_true", help="write NAME.explained.png: what the answer hangs on")
     parser.add_argument("--tta", choices=model.TTA, help="views of each picture; default: as in training")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
@@ -209,6 +318,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"unknown flag {unknown[0]}{model.suggestion(unknown[0], flags)}")
     if bool(args.pictures) == bool(args.evaluate):
         parser.error("give pictures or --evaluate DATA, one of them (--help tells more)")
+    if args.csv is not None:
+        args.form = "csv"
+    if args.csv and "-" in args.pictures:
+        parser.error(f"--csv {args.csv}: standard input cannot be gone on with; print its table, by --csv alone")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.pictures and not args.csv:
+        parser.error("several processes need a file to write to: add --csv FILE.csv")
     if args.evaluate and args.form == "csv":
         parser.error("--csv: an evaluation is printed as text or with --json")
     if args.evaluate and args.show:
@@ -221,44 +336,55 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
-    device = pick(args.device)
-    path = args.checkpoint or newest_checkpoint()
-    network, checkpoint = model.load(path, device)
-    network = network.to(memory_format=memory_format(device))
-    if args.tta is not None:
-        checkpoint["config"]["tta"] = args.tta
-    if not args.checkpoint:
-        print(f"checkpoint: {path}", file=sys.stderr)
-    if args.evaluate:
-        result = evaluate(args.evaluate, args.data_dir, network, checkpoint, device)
-        if args.form == "json":
-            print(json.dumps(result))
-        else:
-            show(result, checkpoint["classes"])
-        return 0
-    top_k = min(args.top_k, len(checkpoint["classes"]))
-    answered = answers(find(args.pictures), network, checkpoint, device, top_k)
-    if args.show:
-        answered = explaining(answered, network, checkpoint)
-    return report(answered, top_k, args.form)
+    with Group(DAY) as group:
+        device = pick(args.device, group)
+        path = args.checkpoint or newest_checkpoint()
+        network, checkpoint = model.load(path, device)
+        network = network.to(memory_format=memory_format(device))
+        if args.tta is not None:
+            checkpoint["config"]["tta"] = args.tta
+        if not args.checkpoint:
+            print(f"checkpoint: {path}", file=sys.stderr)
+        if args.evaluate:
+            result = evaluate(args.evaluate, args.data_dir, network, checkpoint, device, group)
+            if args.form == "json":
+                print(json.dumps(result))
+            else:
+                show(result, checkpoint["classes"])
+            return 0
+        top_k = min(args.top_k, len(checkpoint["classes"]))
+
+        def answer(names: list[str]) -> Iterable[Answer]:
+            answered = answers(names, network, checkpoint, device, top_k, group)
+            return explaining(answered, network, checkpoint) if args.show else answered
+
+        names = group.of_first(lambda: [str(name) for name in find(args.pictures)])
+        if args.csv:
+            of = f"{zlib.crc32(path.read_bytes())} {top_k} {checkpoint['config'].get('tta')} {args.show}"
+            return write_table(Path(args.csv), names, top_k, answer, of, group)
+        return report(answer(names), top_k, args.form)
 
 
 def cli(argv: list[str] | None = None) -> int:
     """main() for the command line: a user's mistake ends in one line, not in a traceback."""
     try:
         return main(argv)
+    except Ended:
+        return 1
     except DeviceError as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (model.CheckpointError, datasets.DataError, OSError) as error:
-        print(f"predict.py: {datasets.printable(str(error))}", file=sys.stderr)
+    except (model.CheckpointError, datasets.DataError, GroupError, OSError) as error:
+        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"predict.py: {datasets.printable(str(where))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("predict.py: interrupted; with --csv FILE, the same command goes on from here", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    end(cli())

@@ -812,9 +812,8 @@ def as_features(
     device, found, start = sets[0].labels.device, [], time.perf_counter()
     with tqdm(total=sum(map(len, sets)), desc="features", unit=" pictures", leave=False, disable=None) as bar:
         for pictures in sets:
-            features, (parts, places) = None, evaluation_parts(pictures, group)
-            batches = pictures.batches(parts, group=group)
-            for (images, labels), own in zip(batches, places, strict=True):
+            features, (at_once, places) = None, pictures.evaluation_parts(group)
+            for images, labels in pictures.batches(at_once, group=group):
                 with autocast(device, precision):
                     batch = frozen.features(images).float()
                 size = batch[:1].nbytes * bar.total if len(batch) else 0
@@ -823,6 +822,7 @@ def as_features(
                     print(f"features would take {size / 1e6:,.1f} MB: computed anew every epoch", file=sys.stderr)
                     return None
                 features = batch.new_zeros(len(pictures), *batch.shape[1:]) if features is None else features
+                own, places = places.split([len(labels), len(places) - len(labels)])
                 features[own.to(device)] = batch
                 bar.update(len(labels) * group.count)
             group.sum(features)
@@ -966,13 +966,6 @@ def evaluation_seconds(trainer: Trainer, pictures: datasets.Pictures, config: Co
     return seconds * len(pictures) / min(len(pictures), pictures.evaluation_batch) / trainer.group.count
 
 
-def evaluation_parts(pictures: datasets.Pictures, group: Group) -> tuple[int, list[Tensor]]:
-    """How many pictures all processes look at in a batch of an evaluation, and the places of this one's, for each."""
-    size = pictures.evaluation_batch * group.count
-    own = datasets.own(datasets.cuts(len(pictures), size), group)
-    return size, list(own.places.split(own.sizes))
-
-
 def evaluate(
     trainer: Trainer, pictures: datasets.Pictures, config: Config, check: Callable[[], None] = lambda: None
 ) -> tuple[dict, Tensor, Tensor]:
@@ -980,13 +973,12 @@ def evaluate(
     class probabilities `(N, classes)` and labels `(N,)`. Each process of a group looks at a share of them; all get all.
 
     Raises TrainingError when the loss is not finite, and what `check` raises, which is called before each batch."""
-    size, places = evaluation_parts(pictures, trainer.group)
+    size, places = pictures.evaluation_parts(trainer.group)
     batches = (check() or batch for batch in pictures.batches(size, group=trainer.group))
     with autocast(trainer.device, trainer.precision):
         own, _ = model.outputs(trainer.trains, batches, config.tta)
-    logits, labels = own.new_zeros(len(pictures), len(pictures.classes), device=trainer.device), pictures.labels
-    logits[torch.cat(places).to(trainer.device)] = own.view(-1, logits.shape[1])
-    trainer.group.sum(logits)  # of pictures that others looked at, they are 0 here
+    own = own.to(trainer.device).view(len(places), -1 if len(places) else len(pictures.classes))
+    logits, labels = trainer.group.whole(own, places, len(pictures)), pictures.labels
     loss, accuracy = model.score(logits, labels, config.loss)
     if not math.isfinite(loss):
         raise TrainingError(f"the {pictures.split} loss is {loss}; try a lower --lr, or --clip-grad 1")

@@ -78,7 +78,7 @@ def pick(name: str = "auto", group: "Group | None" = None) -> torch.device:
     chosen = f"cuda:{place}" if chosen in ("cuda", "cuda:0") else chosen
     if chosen not in found:
         here = ", ".join(f"{device} ({what})" for device, what in found.items())
-        raise DeviceError(f"no device {name!r} here; this machine has: {here}")
+        raise DeviceError(f"no device {(chosen if name == 'cuda' else name)!r} here; this machine has: {here}")
     return torch.device(chosen)
 
 

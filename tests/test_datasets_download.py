@@ -57,7 +57,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             if behaviour == "stall":
-                time.sleep(2)
+                time.sleep(0.8)
             return self.connection.close()
         if behaviour == "slow":
             time.sleep(0.5)
@@ -72,7 +72,7 @@ def server(monkeypatch):
     """A running server; its `url(behaviour)` is an archive's address, its `asked` what was asked so far."""
     monkeypatch.setattr(datasets, "CIFAR10_SIZE", len(ARCHIVE))
     monkeypatch.setattr(datasets, "CIFAR10_MD5", hashlib.md5(ARCHIVE).hexdigest())
-    monkeypatch.setattr(datasets, "STALLED_SECONDS", 1.0)
+    monkeypatch.setattr(datasets, "STALLED_SECONDS", 0.4)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)

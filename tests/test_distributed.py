@@ -37,7 +37,7 @@ AGREEING = {  # runs that are the same, to rounding, on any number of processes
 FAULTS = {
     "stopped": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "wrong": lambda: (_ for _ in ()).throw(train.TrainingError("no good")),
-    "late": lambda: time.sleep(4),
+    "late": lambda: time.sleep(3),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }
 

@@ -215,13 +215,15 @@ def test_networks_of_torchvision_train_and_repeat(flags, tmp_path):
 
 
 def test_the_vgg16_config_trains_the_head_of_vgg16(tmp_path, monkeypatch):
-    """The config as it is, but for the data: 528 MB of weights (random ones here) are loaded, and saved again."""
+    """The config as it is, but for the data: 528 MB of weights (other ones here) are loaded, and saved again."""
     from torchvision import models
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     path = tmp_path / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth"
     path.parent.mkdir(parents=True)
-    original = models.vgg16().state_dict()
+    with torch.device("meta"):
+        original = models.vgg16().state_dict()
+    original = {name: torch.full(weight.shape, 1e-3 * place) for place, (name, weight) in enumerate(original.items())}
     torch.save(original, path)
     flags = ["--config", str(ROOT / "configs" / "vgg16.toml"), "--limit", "20", "--epochs", "1"]
     assert train.cli([*flags, *QUICK[:2], *QUICK[6:], "--log-dir", str(tmp_path)]) == 0

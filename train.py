@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -49,6 +50,7 @@ from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, TTA, sug
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
+VOTE_SECONDS = 0.1  # between two votes of several processes
 SEEN = torch.finfo(torch.float32).tiny  # the least share of 1 that a picture's class is said to have got
 INTERRUPTED = "interrupted.pt"  # the checkpoint in the middle of an epoch
 LOCK, LOCK_SECONDS = "run.lock", 6  # workers of a killed process notice that within 5 seconds
@@ -493,6 +495,42 @@ class Clock:
 
 
 @dataclass
+class Votes:
+    """What all processes agree on between two steps: whether one was asked to stop or is out of time, and the clock.
+
+    Several vote a few times a second, at the same step, which they agree on too: to vote at each would take a tenth of
+    the time of small steps.
+    """
+
+    group: Group
+    interrupts: Interrupts
+    clock: Clock
+    steps: int = 0
+    next: int = 1  # step of a vote
+    last: tuple[int, float] = (0, 0.0)  # step and time
+
+    def asked(self) -> tuple[bool, bool]:
+        """Whether one was asked to stop, and whether one is out of time."""
+        self.steps += 1
+        if self.steps < self.next:
+            return False, False
+        (before, then), self.last = self.last, (self.steps, time.perf_counter())
+        pause = VOTE_SECONDS * (self.steps - before) / max(1e-9, self.last[1] - then)
+        asked, is_over, self.clock.done, pause = self.group.most(
+            self.interrupts.asked, self.clock.is_over(), self.clock.share(), pause
+        )
+        self.next = self.steps + (max(1, int(pause)) if self.group.count > 1 else 1)
+        return bool(asked), bool(is_over)
+
+    def stop(self) -> bool:
+        return any(self.asked())
+
+    def check(self) -> None:
+        if self.asked()[0]:
+            raise Interrupted
+
+
+@dataclass
 class Sums:
     """What the steps of an epoch add up to so far: what an interrupted one needs to go on, beside the weights."""
 
@@ -712,10 +750,17 @@ def make_trainer(
 
 
 def in_group(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """The network, whose gradients become the mean over all processes in each backward pass."""
-    return nn.parallel.DistributedDataParallel(
+    """The network, whose gradients become the mean over all processes in each backward pass.
+
+    Buffers, which are the averages of batch normalisation, are not sent around at each step: the first process's count,
+    and the others get them before they evaluate.
+    """
+    wrap = nn.parallel.DistributedDataParallel
+    buffers = {"forward_sync_buffers", "broadcast_buffers"} & inspect.signature(wrap).parameters.keys()
+    return wrap(
         network,
         device_ids=[device] if device.type == "cuda" else None,
+        **{max(buffers): False},  # the newer name, in PyTorch that has it
         gradient_as_bucket_view=True,
         static_graph=config.accumulate == 1,  # it must learn the graph in a step that synchronises
     )
@@ -1643,24 +1688,13 @@ def main(argv: list[str] | None = None) -> int:
         if group.rank == 0:
             start(run, trainer, shown_sets, config, about(config, options, train_set.classes))
         with Interrupts(group) as interrupts:
-
-            def votes() -> list[float]:  # of all processes: is one asked to stop, or out of time, and how far are they?
-                return group.most(interrupts.asked, clock.is_over(), clock.share())
-
-            def stop() -> bool:
-                asked, is_over, clock.done = votes()
-                return bool(asked or is_over)
-
-            def check() -> None:
-                if votes()[0]:
-                    raise Interrupted
-
+            votes = Votes(group, interrupts, clock)
             while not has_ended(run.history, config):
                 epoch = len(run.history) + 1
-                metrics = run.trained or train_epoch(trainer, epoch_sets[0], config, epoch, run.writer, stop)
+                metrics = run.trained or train_epoch(trainer, epoch_sets[0], config, epoch, run.writer, votes.stop)
                 trained_seconds = clock.seconds()
                 try:
-                    held_out, *answers = evaluate(trainer, epoch_sets[1], config, check)
+                    held_out, *answers = evaluate(trainer, epoch_sets[1], config, votes.check)
                 except Interrupted:
                     return leave(run, trainer, metrics)
                 metrics |= held_out

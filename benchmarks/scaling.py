@@ -1,9 +1,9 @@
 """What more processes bring on one machine's cores, and what train.py adds to DistributedDataParallel.
 
 `python benchmarks/scaling.py` trains in turn one process with all threads and `--processes` with a share of them each
-(torchrun, gloo), on the built-in pictures in CIFAR-10's number a step, and prints medians. In the group, epochs of
-train.py and a bare DDP loop on one fixed batch take turns. Flags of train.py choose network and recipe; `--quick` ends
-in less than a minute.
+(torchrun, gloo), on built-in pictures of CIFAR-10's size, and prints medians. Within each, epochs of train.py and a
+bare loop on one fixed batch take turns; the group has DistributedDataParallel's. Flags of train.py choose network and
+recipe; `--quick` ends in less than a minute.
 """
 
 import argparse
@@ -26,6 +26,8 @@ import train
 import views
 from device import Group, Interrupts, autocast, end, memory_format, pick, pick_precision, tune
 
+PICTURES = 20_000  # in an epoch
+
 
 def rates(work: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
     """Pictures a second of each, in turn, after a round that warms up."""
@@ -47,6 +49,7 @@ def side(rounds: int, flags: list[str]) -> None:
         precision = pick_precision(config.precision, device)
         tune(device)
         [train_set] = datasets.load("shapes", device=device, splits=["train"])
+        train_set = train_set.take(torch.arange(PICTURES) % len(train_set))
 
         def new_trainer() -> train.Trainer:
             options = train.network_options(config, len(train_set.classes))
@@ -93,7 +96,7 @@ def main() -> None:
     for _ in range(1 if args.quick else args.rounds):
         for count, results in found.items():
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] * (count > 1)
-            command = [sys.executable, *launcher, __file__, "--side", "3" if args.quick else "9", *flags]
+            command = [sys.executable, *launcher, __file__, "--side", "1" if args.quick else "4", *flags]
             environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // count))}
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
             results.append(json.loads(done.stdout))

@@ -50,7 +50,7 @@ from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, TTA, sug
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
-VOTE_SECONDS = 0.1  # between two votes of several processes
+VOTE_SECONDS = 0.5  # between two votes of several processes
 SEEN = torch.finfo(torch.float32).tiny  # the least share of 1 that a picture's class is said to have got
 INTERRUPTED = "interrupted.pt"  # the checkpoint in the middle of an epoch
 LOCK, LOCK_SECONDS = "run.lock", 6  # workers of a killed process notice that within 5 seconds
@@ -498,7 +498,7 @@ class Clock:
 class Votes:
     """What all processes agree on between two steps: whether one was asked to stop or is out of time, and the clock.
 
-    Several vote a few times a second, at the same step, which they agree on too: to vote at each would take a tenth of
+    Several vote about twice a second, at the same step, which they agree on too: to vote at each would take a tenth of
     the time of small steps.
     """
 

@@ -245,6 +245,21 @@ def test_a_killed_process_brings_the_group_back_to_the_same_bits(found, root, tm
     assert not differences(contents(root / "2" / "held out"), contents(tmp_path / "logs" / "killed"))
 
 
+def test_a_job_that_is_sent_again_goes_on_with_its_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    task = training(tmp_path, "a", "--hardest 0.5")
+    task["argv"] = task["argv"][:-2]  # without a name for the run
+    other = task | {"argv": [*task["argv"], "--lr", "0.02"]}
+    assert call(task | {"fault": "stopped", "at": [0, 8]})[0] == 130
+    assert call(other)[0] == 0  # of other flags
+    status, _, said = call(task)
+    assert status == 0 and " goes on in epoch 2 at step " in said and len(list(tmp_path.iterdir())) == 2
+    assert "goes on" not in call(task)[2] and len(list(tmp_path.iterdir())) == 3  # it was finished
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert ": is finished\n" in call(task)[2]  # torchrun started it again while it said its last words
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_without_torchrun_nothing_of_it_is_started(tmp_path, monkeypatch):
     for name in ("init_process_group", "rendezvous", "all_reduce", "broadcast"):
         monkeypatch.setattr(torch.distributed, name, None)

@@ -272,9 +272,10 @@ class Group:
         return values[0]
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
-        """Make these tensors what they are in the first process."""
+        """Make these tensors what they are in the first process, where they may lie otherwise in memory."""
         for tensor in tensors if self.count > 1 else ():
-            dist.broadcast(tensor, 0)
+            dist.broadcast(packed := tensor.contiguous(), 0)
+            tensor.copy_(packed)
 
     def most(self, *values: float) -> list[float]:
         """The largest of each value over all processes, as they were when this was called the time before (0 at first):

@@ -140,9 +140,12 @@ def found(root) -> dict:
     """What groups of one, two and three processes found, by their size and rank."""
     one = {name: call(task) for name, task in shared_plan(root, 1).items()}
     one["stopped"] = call(training(root / "1", "stopped", AGREEING["hard"], fault="stopped", at=[0, 8]))
+    frozen = shared_plan(root, 1)["frozen"]["argv"][:-1]
+    one["stopped frozen"] = call({"script": "train", "argv": [*frozen, "x"], "fault": "stopped", "at": [0, 8]})
     plan = shared_plan(root, 2)
     plan["stopped"] = training(root / "2", "stopped", AGREEING["hard"], fault="stopped", at=[1, 8])
     plan["1 to 2"] = resuming(root, root / "1" / "stopped", "1 to 2")
+    plan["frozen on 2"] = resuming(root, root / "1" / "x", "frozen on 2")
     plan["small"] = training(root / "2", "small", "--batch-size 3 --accumulate 2")
     plan["wrong"] = training(root / "2", "wrong", AGREEING["held out"], fault="wrong", at=[1, 3])
     two, _ = torchrun(2, plan, root / "two")
@@ -215,6 +218,11 @@ def test_a_run_goes_on_with_another_number_of_processes(way, found, root):
     assert all(of_rank[way][0] == 0 for of_rank in found[after])
     assert " goes on in epoch 2 at step " in found[after][0][way][2]
     assert agree(root / "1" / "hard", root / way)
+
+
+def test_a_frozen_network_goes_on_with_two_processes(found, root):
+    assert found[1][0]["stopped frozen"][0] == 130 and found[2][0]["frozen on 2"][0] == 0
+    assert agree(root / "1" / "frozen", root / "frozen on 2")
 
 
 def test_an_error_of_one_process_ends_all_with_its_message(found):

@@ -214,8 +214,10 @@ def test_networks_of_torchvision_train_and_repeat(flags, tmp_path):
     assert same_weights(tmp_path / "a" / "best.pt", again / "best.pt")
 
 
-def test_the_vgg16_config_trains_the_head_of_vgg16(tmp_path, monkeypatch):
+def test_the_vgg16_config_trains_the_head_of_vgg16(tmp_path, monkeypatch, request):
     """The config as it is, but for the data: 528 MB of weights (other ones here) are loaded, and saved again."""
+    if not request.config.getoption("all_networks"):
+        pytest.skip("takes 12 seconds: --all-networks")
     from torchvision import models
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

@@ -843,9 +843,10 @@ def read_files(
     picks = picks[torch.randperm(len(picks), generator=torch.Generator().manual_seed(0))]
     paths = np.array([os.fsencode(listing.files[pick][0]) for pick in picks.tolist()])
     width = group.of_first(lambda: stored_width(paths, sizing) if listing.split == "train" else sizing.side)
-    files, copies = Files(paths, sizing, width), group.local_count if device.type == "cpu" else 1
-    taken = copies * len(paths) * files.side * files.width * 3
-    fits = all(group.gather(taken <= memory_share * free_memory(device)))
+    files, here = Files(paths, sizing, width), torch.device("cpu")  # where each process of this machine collects them
+    taken = len(paths) * files.side * files.width * 3
+    on_device, in_machine = (memory_share * free_memory(place) for place in (device, here))
+    fits = all(group.gather(taken <= on_device and taken * group.local_count <= in_machine))
     decoded, counts = decode_all(files, workers, fits, f"reading {listing.split}", group)
     good = decoded.extent > 0
     areas = decoded.sizes.prod(1).double()

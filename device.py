@@ -183,7 +183,7 @@ class Group:
     def __enter__(self) -> "Group":
         """Raises GroupError when the processes do not find each other."""
         self.standard, self.vote, self.store = (sys.stdout, sys.stderr), None, None
-        if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
+        if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
             return self
         if not (dist.is_available() and dist.is_gloo_available()):
             raise GroupError(
@@ -196,7 +196,10 @@ class Group:
             self.store = dist.PrefixStore(self.meet(store), store)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count, timeout=most)
-        except RuntimeError as error:  # all of torch's are
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # all of torch's are, and what it says of variables that are missing
             raise GroupError(f"the {os.environ['WORLD_SIZE']} processes did not find each other: {error}") from error
         if torch.cuda.is_available() and self.local_rank < torch.cuda.device_count():
             torch.cuda.set_device(self.local_rank)
@@ -276,6 +279,13 @@ class Group:
         for tensor in tensors if self.count > 1 else ():
             dist.broadcast(packed := tensor.contiguous(), 0)
             tensor.copy_(packed)
+
+    def wait(self) -> None:
+        """Until all processes have come here, however long that takes."""
+        if self.count > 1:
+            self.store.add("here", 1)
+            while self.store.add("here", 0) < self.count:
+                time.sleep(0.2)
 
     def most(self, *values: float) -> list[float]:
         """The largest of each value over all processes, as they were when this was called the time before (0 at first):

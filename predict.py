@@ -34,7 +34,6 @@ EXPLAINED = ".explained.png"  # how the names of the pictures that --show writes
 BATCH = 250  # pictures in memory at a time
 MANY = 2000  # files, from which on it pays to start processes that read them
 PART = 1000  # files whose answers are saved together, where a table is written
-DAY = 86400.0  # seconds; the processes that share many files are not done at the same time
 
 
 class Answer(NamedTuple):
@@ -202,8 +201,9 @@ def write_table(
                 rows.append(row(found)) if found.top is not None else bad.append([found.name, found.reason])
             model.write(path, json.dumps({"rows": rows, "bad": bad}).encode())
             bar.update(len(inside))
-    group.gather(None)  # until all have done theirs
-    return merge(out, [path for path, _ in parts], top_k) if group.rank == 0 else 0
+    group.wait()
+    status = merge(out, [path for path, _ in parts], top_k) if group.rank == 0 else 0
+    return 0 if group.count > 1 else status  # torchrun would take it for a failure, and start all again
 
 
 def open_parts(folder: Path, of: str) -> None:
@@ -336,10 +336,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
-    with Group(DAY) as group:
+    with Group() as group:
         device = pick(args.device, group)
-        path = args.checkpoint or newest_checkpoint()
+        path = args.checkpoint or group.of_first(newest_checkpoint)
         network, checkpoint = model.load(path, device)
+        checksum = zlib.crc32(path.read_bytes())
+        if len(set(group.gather(checksum))) > 1:
+            raise model.CheckpointError(f"{path}: other machines have another file of this name")
         network = network.to(memory_format=memory_format(device))
         if args.tta is not None:
             checkpoint["config"]["tta"] = args.tta
@@ -360,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
 
         names = group.of_first(lambda: [str(name) for name in find(args.pictures)])
         if args.csv:
-            of = f"{zlib.crc32(path.read_bytes())} {top_k} {checkpoint['config'].get('tta')} {args.show}"
+            of = f"{checksum} {top_k} {checkpoint['config'].get('tta')} {args.show}"
             return write_table(Path(args.csv), names, top_k, answer, of, group)
         return report(answer(names), top_k, args.form)
 

@@ -508,19 +508,21 @@ class Votes:
     steps: int = 0
     next: int = 1  # step of a vote
     last: tuple[int, float] = (0, 0.0)  # step and time
+    ends: bool = False  # one was asked to stop
 
     def asked(self) -> tuple[bool, bool]:
         """Whether one was asked to stop, and whether one is out of time."""
         self.steps += 1
-        if self.steps < self.next:
-            return False, False
+        if self.ends or self.steps < self.next:
+            return self.ends, False
         (before, then), self.last = self.last, (self.steps, time.perf_counter())
         pause = VOTE_SECONDS * (self.steps - before) / max(1e-9, self.last[1] - then)
         asked, is_over, self.clock.done, pause = self.group.most(
             self.interrupts.asked, self.clock.is_over(), self.clock.share(), pause
         )
         self.next = self.steps + (max(1, int(pause)) if self.group.count > 1 else 1)
-        return bool(asked), bool(is_over)
+        self.ends = bool(asked)
+        return self.ends, bool(is_over)
 
     def stop(self) -> bool:
         return any(self.asked())
@@ -571,7 +573,8 @@ class Trainer:
 
     network: nn.Module  # the bare and whole one, which is saved
     trains: nn.Module  # the same, or the part of it that trains
-    forward: Callable[[Tensor], Tensor]  # that part, compiled if the user wants it
+    forward: Callable[[Tensor], Tensor]  # that part, in its group and compiled if the user wants it
+    eager: Callable[[Tensor], Tensor]  # the same, not compiled
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler  # does nothing but in fp16
@@ -615,7 +618,8 @@ class Trainer:
         more_to_come = self.group.count > 1 and not last
         with self.forward.no_sync() if more_to_come else contextlib.nullcontext():
             with autocast(self.device, self.precision):
-                logits, *auxiliary = model.answers(self.forward(images))
+                forward = self.forward if len(images) else self.eager  # compiled code takes no empty batches
+                logits, *auxiliary = model.answers(forward(images))
                 loss = total = self.loss(logits, labels, config)
                 for others in auxiliary:
                     total = total + model.AUXILIARY_WEIGHT * self.loss(others, labels, config)
@@ -744,9 +748,9 @@ def make_trainer(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     trains = trains or network
-    forward = trains if group.count == 1 else in_group(trains, config, device)
-    forward = torch.compile(forward) if config.compile else forward
-    return Trainer(network, trains, forward, optimizer, schedule, scaler, device, precision, clock, group)
+    eager = trains if group.count == 1 else in_group(trains, config, device)
+    forward = torch.compile(eager) if config.compile else eager
+    return Trainer(network, trains, forward, eager, optimizer, schedule, scaler, device, precision, clock, group)
 
 
 def in_group(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
@@ -861,7 +865,8 @@ def as_features(
             for images, labels in pictures.batches(at_once, group=group):
                 with autocast(device, precision):
                     batch = frozen.features(images).float()
-                size = batch[:1].nbytes * bar.total if len(batch) else 0
+                copies = group.local_count if device.type == "cpu" else 1
+                size = copies * batch[:1].nbytes * bar.total if len(batch) else 0
                 fits = size <= config.memory_share * datasets.free_memory(device)
                 if features is None and not found and not all(group.gather(fits)):
                     print(f"features would take {size / 1e6:,.1f} MB: computed anew every epoch", file=sys.stderr)
@@ -1287,6 +1292,8 @@ def go_on(run: Run, trainer: Trainer, train_set: datasets.Pictures, config: Conf
     try:
         trainer.load_state_dict(training)
     except Exception as error:  # a stranger's file can hold anything
+        if type(error) is RuntimeError and trainer.group.count > 1:  # perhaps another process is gone
+            raise
         raise model.CheckpointError(f"{run.folder}: its training cannot go on: {str(error)[:200]}") from error
     where = f" at step {trainer.sums.step}" if trainer.sums else " with its evaluation" if run.trained else ""
     where = "is finished" if has_ended(run.history, config) else f"goes on in epoch {len(run.history) + 1}{where}"

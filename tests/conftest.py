@@ -19,7 +19,7 @@ COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
 def pytest_addoption(parser):
     parser.addoption("--all-networks", action="store_true", help="try all networks of torchvision, not one a family")
-    parser.addoption("--kills", type=int, default=4, help="how many processes are killed at random moments")
+    parser.addoption("--kills", type=int, default=3, help="how many processes are killed at random moments")
     parser.addoption("--fuzz", type=int, default=200, help="how many pictures, configs and checkpoints are damaged")
 
 

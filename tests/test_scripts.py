@@ -7,8 +7,10 @@ import sys
 import pytest
 from conftest import ROOT, noisy
 
+import predict
 
-def test_train_then_predict_then_evaluate(script, tmp_path):
+
+def test_train_then_predict_then_evaluate(script, tmp_path, monkeypatch, capsys):
     run = "--config configs/shapes.toml --limit 500 --epochs 2".split()
     run[1] = str(ROOT / run[1])
     trained = script("train.py", *run)
@@ -21,8 +23,9 @@ def test_train_then_predict_then_evaluate(script, tmp_path):
     guessed = script("predict.py", "dog.png")
     assert guessed.returncode == 0 and guessed.stdout.startswith("dog.png  ") and guessed.stdout.count("%") == 3
     assert guessed.stderr.startswith("checkpoint: logs")
-    printed = script(*lines[4].split()[1:2], "dog.png", *lines[4].split()[3:])  # the command that train.py printed
-    assert printed.stdout == guessed.stdout and printed.stderr == ""
+    monkeypatch.chdir(tmp_path)
+    assert predict.cli(["dog.png", *lines[4].split()[3:]]) == 0  # the command that train.py printed
+    assert capsys.readouterr() == (guessed.stdout, "")
 
     piped = subprocess.run(
         [sys.executable, str(ROOT / "predict.py"), "-"],
@@ -30,8 +33,7 @@ def test_train_then_predict_then_evaluate(script, tmp_path):
     )  # fmt: skip
     assert piped.stdout.decode().replace("-  ", "dog.png  ", 1) == guessed.stdout
 
-    evaluated = script("predict.py", "--evaluate", "shapes")
-    assert evaluated.returncode == 0 and "1,000 test pictures" in evaluated.stdout
+    assert predict.cli(["--evaluate", "shapes"]) == 0 and "1,000 test pictures" in capsys.readouterr().out
 
 
 def test_every_script_explains_itself(monkeypatch, capsys):

@@ -328,12 +328,11 @@ class Interrupts:
                 return
             raise KeyboardInterrupt
         self.asked, self.time = True, time.monotonic()
+        if not self.first:
+            return
         # Not print(), which the signal may have caught in the middle of its work.
         with contextlib.suppress(OSError):  # tee has ended already, by the same Ctrl-C
-            os.write(
-                2 if self.first else os.open(os.devnull, os.O_WRONLY),
-                b"\nstopping after this step, with a checkpoint (once more: at once, without)\n",
-            )
+            os.write(2, b"\nstopping after this step, with a checkpoint (once more: at once, without)\n")
 
 
 def end(status: int) -> None:

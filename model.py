@@ -356,6 +356,24 @@ def outputs(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], tta: s
     return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
 
+def outputs_of_all(
+    network: nn.Module,
+    pictures,
+    group,
+    classes: int,
+    tta: str = "none",
+    check: typing.Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """As `outputs`, for a whole set of datasets.py, of which each process of a group looks at a share; all get all.
+
+    `check` is called before each batch.
+    """
+    at_once, places = pictures.evaluation_parts(group)
+    logits, _ = outputs(network, (check() or batch for batch in pictures.batches(at_once, group=group)), tta)
+    logits = logits.to(pictures.labels.device).view(len(places), classes)
+    return group.whole(logits, places, len(pictures)), pictures.labels
+
+
 def mean_of_views(network: nn.Module, images: Tensor, tta: str = "none") -> Tensor:
     """Float32 logits `(N, classes)` of images `(N, 3, H, W)`, by test-time augmentation.
 

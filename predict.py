@@ -198,7 +198,10 @@ def write_table(
         for path, inside in own:
             rows, bad = [], []
             for found in itertools.islice(answered, len(inside)):
-                rows.append(row(found)) if found.top is not None else bad.append([found.name, found.reason])
+                if found.top is None:
+                    bad.append([found.name, found.reason])
+                else:
+                    rows.append(row(found))
             model.write(path, json.dumps({"rows": rows, "bad": bad}).encode())
             bar.update(len(inside))
     group.wait()
@@ -263,10 +266,7 @@ def evaluate(
         raise datasets.DataError(f"{data}: the checkpoint does not know class {strange[0]!r}; {', '.join(classes)}")
     renumber = torch.tensor([classes.index(name) for name in test_set.classes], device=device)
     test_set.labels = renumber[test_set.labels]
-    at_once, places = test_set.evaluation_parts(group)
-    logits, _ = model.outputs(network, test_set.batches(at_once, group=group), config.get("tta", "none"))
-    logits = logits.to(device).view(len(places), -1 if len(places) else len(classes))
-    logits, labels = group.whole(logits, places, len(test_set)), test_set.labels
+    logits, labels = model.outputs_of_all(network, test_set, group, len(classes), config.get("tta", "none"))
     loss, accuracy = model.score(logits, labels, config.get("loss", "cross_entropy"))
     pairs = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
     confusion = pairs.view(len(classes), -1).tolist()
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         device = pick(args.device, group)
         path = args.checkpoint or group.of_first(newest_checkpoint)
         network, checkpoint = model.load(path, device)
-        checksum = zlib.crc32(path.read_bytes())
+        checksum = zlib.crc32(path.read_bytes()) if args.csv or group.count > 1 else 0
         if len(set(group.gather(checksum))) > 1:
             raise model.CheckpointError(f"{path}: other machines have another file of this name")
         network = network.to(memory_format=memory_format(device))

@@ -1023,12 +1023,9 @@ def evaluate(
     class probabilities `(N, classes)` and labels `(N,)`. Each process of a group looks at a share of them; all get all.
 
     Raises TrainingError when the loss is not finite, and what `check` raises, which is called before each batch."""
-    size, places = pictures.evaluation_parts(trainer.group)
-    batches = (check() or batch for batch in pictures.batches(size, group=trainer.group))
     with autocast(trainer.device, trainer.precision):
-        own, _ = model.outputs(trainer.trains, batches, config.tta)
-    own = own.to(trainer.device).view(len(places), -1 if len(places) else len(pictures.classes))
-    logits, labels = trainer.group.whole(own, places, len(pictures)), pictures.labels
+        how = trainer.group, len(pictures.classes), config.tta, check
+        logits, labels = model.outputs_of_all(trainer.trains, pictures, *how)
     loss, accuracy = model.score(logits, labels, config.loss)
     if not math.isfinite(loss):
         raise TrainingError(f"the {pictures.split} loss is {loss}; try a lower --lr, or --clip-grad 1")

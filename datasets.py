@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import hashlib
 import http.client
 import itertools
@@ -21,7 +22,7 @@ import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from device import Group
+from device import CallError, Group, Parser, Problem, add_flag, bar, command, end, flag, printable, problem, setting
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SHAPES = ["arrow", "circle", "cross", "heart", "hourglass", "moon", "ring", "square", "star", "triangle"]
@@ -49,23 +50,15 @@ CIFAR10_MIRRORS = [  # the same bytes; the origin, last, has been slow since Jun
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 ]
 STALLED_SECONDS = 20  # without a byte, after which the next mirror is tried
-DRAWS = 13  # random numbers a picture, one for each thing that Augment decides
+DRAWS = 16  # random numbers a picture, one for each thing that Augment decides; three are left for yours
 
 
-class DataError(ValueError):
+class DataError(Problem):
     """A data set that cannot be used; the message names the file or folder and what to do."""
 
-    def __init__(self, message: str):
-        super().__init__(printable(message))
 
-
-class LimitError(DataError):
+class LimitError(DataError, CallError):
     """`limit` or `val_fraction` leaves too few pictures."""
-
-
-def printable(text: str) -> str:
-    """The text with its control characters escaped: names of strangers' files must not steer the terminal."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 # ---- augmentation --------------------------------------------------------------------------------------------------
@@ -73,18 +66,22 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of training pictures, drawn for each picture on its own."""
+    """Random changes of training pictures, drawn for each picture on its own; each is a setting of train.py too."""
 
-    flip: bool = False  # mirror half of them
-    crop: int = 0  # shift by up to this many pixels
-    cutout: int = 0  # hide a square of this side
-    jitter: float = 0.0  # change brightness, contrast and saturation by up to this share
-    resized_crop: float = 0.0  # enlarge a part of at least this share of the area
+    flip: bool = setting("augmentation", False, "mirror half of the training pictures")
+    crop: int = setting("augmentation", 0, "shift by up to PIXELS, reflected at the edge", at_least=0, metavar="PIXELS")
+    cutout: int = setting("augmentation", 0, "hide a square of PIXELS", at_least=0, metavar="PIXELS")
+    jitter: float = setting(
+        "augmentation", 0.0, "change brightness, contrast, saturation by up to this share", at_least=0, at_most=1
+    )
+    resized_crop: float = setting(
+        "augmentation", 0.0, "enlarge a part of at least this share of the area; 0: none", at_least=0, at_most=1
+    )
 
     def __call__(self, images: Tensor, draws: Tensor, fill: Tensor) -> Tensor:
         """Changed copies of uint8 images `(N, 3, H, W)`: uint8, or float in 0..255 where they were interpolated.
 
-        `draws` `(13, N)` is uniform in [0, 1); `fill` `(1, 3, 1, 1)` is the colour of what is hidden.
+        `draws` `(DRAWS, N)` is uniform in [0, 1); `fill` `(1, 3, 1, 1)` is the colour of what is hidden.
         """
         _, flip, row, column, cutout_row, cutout_column, *others = draws
         if self.resized_crop:
@@ -260,7 +257,7 @@ class Pictures:
         draws, fill = draws.to(device), torch.tensor(self.mean, device=device).mul(255).round().byte().view(1, 3, 1, 1)
         # Interpolation rounds differently in larger batches, by a hair; what comes out must not depend on `ahead`.
         interpolates = augment is not None and (augment.jitter or augment.resized_crop)
-        at_once = 1 if interpolates else max(1, self.ahead // max(1, *parts.sizes))
+        at_once = 1 if interpolates else max(1, self.ahead // max([1, *parts.sizes]))
         chunks = [parts.sizes[place : place + at_once] for place in range(0, len(parts.sizes), at_once)]
         chosen = order.split([sum(sizes) for sizes in chunks])
         draws = draws.split([sum(sizes) for sizes in chunks], 1)
@@ -482,8 +479,10 @@ def statistics(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 # ---- pictures from files -------------------------------------------------------------------------------------------
 
 
-def read_picture(source: str | Path | BinaryIO, sizing: Sizing, width: int = 0) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture file as uint8 `(side, side, 3)`: turned upright, in RGB, its centre square; and its (width, height).
+def read_picture(
+    source: str | Path | BinaryIO | Image.Image, sizing: Sizing, width: int = 0
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """A picture as uint8 `(side, side, 3)`: turned upright, in RGB, its centre square; and its (width, height).
 
     With a `width` above `side`, more of the longer side is kept, up to `width`: `(side, side..width, 3)`, or
     `(side..width, side, 3)` for tall pictures. Training and prediction both read pictures here, so that a network sees
@@ -493,9 +492,13 @@ def read_picture(source: str | Path | BinaryIO, sizing: Sizing, width: int = 0) 
     try:
         if isinstance(source, str) and side == shorter and (image := fitting_jpeg(source, side)):
             return np.frombuffer(image.tobytes(), np.uint8).reshape(side, side, 3), image.size
-        with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
+        is_file = not isinstance(source, Image.Image)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(source) if is_file else contextlib.nullcontext(source) as image,
+        ):
             size = image.size
-            if size != (shorter, shorter):
+            if is_file and size != (shorter, shorter):
                 image.draft("RGB", (2 * shorter, 2 * shorter))  # a large JPEG is decoded at a fraction of its size
             image = rgb(upright(image))
         if image.size != (side, side) or shorter > side:
@@ -775,6 +778,8 @@ def split_files(root: Path, fraction: float) -> dict[str, Listing]:
         share = sum(place < fraction for place, _ in of_class)
         held_out |= {path for _, path in of_class[: min(max(share, 1), len(of_class) - 1)]}  # some on either side
     rest, val = ([pair for pair in files if (pair[0] in held_out) is out] for out in (False, True))
+    if not val:
+        raise DataError(f"{root}: one picture a class; put at least two into each, one of which is held out")
     return {"train": Listing("train", classes, rest, bad), "test": Listing("val", classes, val, [])}
 
 
@@ -873,8 +878,6 @@ def decode_all(files: Files, workers: int, keep: bool, name: str, group: Group) 
 
     Each process decodes a share, and tells the others.
     """
-    from tqdm import tqdm
-
     count = len(files.paths)
     images = torch.zeros((count if keep else 0, files.side, files.width, 3), dtype=torch.uint8)
     extent, tall = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.uint8)
@@ -886,7 +889,7 @@ def decode_all(files: Files, workers: int, keep: bool, name: str, group: Group) 
     plan = np.array_split(np.arange(count), math.ceil(count / most / evenly) * evenly)
     plan = [part.tolist() for part in plan[group.rank :: group.count] if len(part)]
     loader = decoder(files, plan, workers, torch.device("cpu"))
-    with tqdm(total=sum(map(len, plan)), desc=name, unit=" pictures", disable=None, leave=False) as bar:
+    with bar(name, sum(map(len, plan)), "pictures") as progress:
         for places, decoded in zip(plan, loader, strict=True):
             place = slice(places[0], places[-1] + 1)
             if keep:
@@ -894,7 +897,7 @@ def decode_all(files: Files, workers: int, keep: bool, name: str, group: Group) 
             counts += histogram(decoded.images.permute(0, 3, 1, 2))
             extent[place], tall[place], sizes[place] = decoded.extent, decoded.tall, decoded.sizes
             bad += decoded.bad
-            bar.update(len(decoded.extent))
+            progress.update(len(decoded.extent))
     for tensor in (images, extent, tall, sizes, counts):  # of others' files zero
         group.sum(tensor)
     bad = sorted(itertools.chain(*group.gather(bad)))
@@ -1034,8 +1037,6 @@ def transfer(url: str, partial: Path) -> None:
 
     Raises OSError or HTTPException on a broken or stalled connection, ValueError on an answer that cannot be it.
     """
-    from tqdm import tqdm
-
     have = partial.stat().st_size if partial.exists() else 0
     if have >= CIFAR10_SIZE:
         return
@@ -1046,13 +1047,12 @@ def transfer(url: str, partial: Path) -> None:
         length = answer.headers["Content-Length"]
         if length and start + int(length) != CIFAR10_SIZE:
             raise ValueError(f"serves {start + int(length):,} bytes instead of {CIFAR10_SIZE:,}")
-        name = urllib.parse.urlsplit(url).netloc
-        bar = tqdm(total=CIFAR10_SIZE, initial=start, desc=name, unit="B", unit_scale=True, disable=None, leave=False)
-        with bar, partial.open("ab" if start else "wb") as file:
+        progress = bar(urllib.parse.urlsplit(url).netloc, round(CIFAR10_SIZE / 1e6), "MB", round(start / 1e6))
+        with progress, partial.open("ab" if start else "wb") as file:
             while start < CIFAR10_SIZE and (block := answer.read1(min(2**18, CIFAR10_SIZE - start))):
                 file.write(block)
                 start += len(block)
-                bar.update(len(block))
+                progress.update(round(start / 1e6) - progress.n)
     if start < CIFAR10_SIZE:
         raise OSError(f"the connection ended after {start:,} bytes")
 
@@ -1203,9 +1203,7 @@ def write_samples(log_dir: str, train_set: Pictures, augment: Augment) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="cifar10, shapes, or a picture folder")
     parser.add_argument("--data-dir", default="data", help="where downloads live")
     parser.add_argument("--data-url", default="", help="download CIFAR-10 from here")
@@ -1213,34 +1211,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=0, help="first N pictures a split, classes balanced; 0: all")
     parser.add_argument("--val-fraction", type=float, default=0.2, help="held out of a folder without train/")
     parser.add_argument("--strict", action="store_true", help="stop at bad files")
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half the pictures")
-    parser.add_argument("--crop", type=int, default=2, metavar="PIXELS", help="shift by up to PIXELS")
-    parser.add_argument("--cutout", type=int, default=0, metavar="PIXELS", help="hide a square")
-    parser.add_argument("--jitter", type=float, default=0.0, help="change brightness, contrast, saturation by up to")
-    parser.add_argument("--resized-crop", type=float, default=0.0, help="enlarge a part of at least this area")
+    for key in fields(Augment):
+        add_flag(parser, key, {"flip": True, "crop": 2}.get(key.name, key.default))
     parser.add_argument("--log-dir", help="also show samples, before and after augmentation, for TensorBoard here")
-    parser.error = lambda message: parser.exit(2, f"datasets.py: {message}\n")
     args = parser.parse_args(argv)
-    bounds = {"image_size": (1, 4096), "limit": (0, math.inf), "crop": (0, args.image_size), "cutout": (0, 4096)}
-    for name, (low, high) in (bounds | dict.fromkeys(["val_fraction", "jitter", "resized_crop"], (0, 1))).items():
+    for name, low, high in (("image_size", 1, 4096), ("limit", 0, math.inf), ("val_fraction", 0, 1)):
         if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
+            parser.error(f"{flag(name)} {getattr(args, name)}: must be from {low} to {high}")
+    augment = Augment(**{key.name: getattr(args, key.name) for key in fields(Augment)})
+    for key in fields(Augment):
+        if trouble := problem(key, getattr(args, key.name)):
+            parser.error(f"{flag(key.name)}: {trouble}")
+    if max(augment.crop, augment.cutout) > args.image_size:
+        parser.error(f"--crop and --cutout can be at most the image size, {args.image_size} pixels")
+
     how = {"data_url": args.data_url, "val_fraction": args.val_fraction, "strict": args.strict}
-    try:
-        sets = load(args.data, args.data_dir, args.image_size, args.limit, **how)
-        print(describe(sets))
-        if args.log_dir:
-            write_samples(
-                args.log_dir, sets[0], Augment(args.flip, args.crop, args.cutout, args.jitter, args.resized_crop)
-            )
-            print(f"tensorboard --logdir {args.log_dir}")
-    except LimitError as error:
-        parser.error(str(error))
-    except (DataError, OSError) as error:
-        sys.exit(
-            f"datasets.py: {printable(f'{error.filename}: {error.strerror}') if isinstance(error, OSError) else error}"
-        )
+    sets = load(args.data, args.data_dir, args.image_size, args.limit, **how)
+    print(describe(sets))
+    if args.log_dir:
+        write_samples(args.log_dir, sets[0], augment)
+        print(f"tensorboard --logdir {args.log_dir}")
+
+
+def cli(argv: list[str] | None = None) -> int:
+    return command("datasets.py", main, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(cli())

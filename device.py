@@ -1,4 +1,4 @@
-"""Which device and precision a run uses, which processes work on it, how it is seeded and how it is interrupted.
+"""What all scripts share: device and precision, the processes of a run, seeds; flags, and how a script ends.
 
 `python device.py` shows what this machine has, what `auto` picks and why, and tries it on one convolution.
 """
@@ -7,6 +7,8 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import difflib
+import math
 import os
 import platform
 import re
@@ -18,14 +20,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field
 from importlib import metadata
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,20 +39,38 @@ LOST = re.compile(r"gloo|nccl|store|socket|connection|broken pipe|timed out", re
 T = TypeVar("T")
 
 
-class DeviceError(ValueError):
+class Problem(ValueError):
+    """What a user can mend: the message names the file, flag or value, and what to do. Ends a script with `status`."""
+
+    status = 1
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+class CallError(Problem):
+    """A flag or setting that cannot be."""
+
+    status = 2
+
+
+class DeviceError(CallError):
     """A device or precision was asked for that this machine does not have."""
+
+
+class GroupError(Problem):
+    """The processes of a run cannot work together."""
+
+
+class Ended(Exception):
+    """Another process has ended the run, and has said why."""
 
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM asked for an end."""
 
 
-class GroupError(RuntimeError):
-    """The processes of a run cannot work together."""
-
-
-class Ended(Exception):
-    """Another process has ended the run, and has said why."""
+# ---- device and precision ------------------------------------------------------------------------------------------
 
 
 def available() -> dict[str, str]:
@@ -78,7 +101,7 @@ def pick(name: str = "auto", group: "Group | None" = None) -> torch.device:
     chosen = f"cuda:{place}" if chosen in ("cuda", "cuda:0") else chosen
     if chosen not in found:
         here = ", ".join(f"{device} ({what})" for device, what in found.items())
-        raise DeviceError(f"no device {(chosen if name == 'cuda' else name)!r} here; this machine has: {here}")
+        raise DeviceError(f"no device {chosen!r} here; this machine has: {here}")
     return torch.device(chosen)
 
 
@@ -163,6 +186,9 @@ def seed(*numbers: int) -> None:
         torch.cuda.manual_seed_all(number)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(number)
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -335,6 +361,122 @@ class Interrupts:
             os.write(2, b"\nstopping after this step, with a checkpoint (once more: at once, without)\n")
 
 
+# ---- the scripts as commands ---------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags, written in full; a wrong one raises CallError."""
+
+    def __init__(self, **how: object):
+        super().__init__(allow_abbrev=False, **how)
+
+    def parse_args(self, argv: list[str] | None = None, namespace: object = None) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unknown flag {unknown[0]}{suggestion(unknown[0].partition('=')[0], flags)}")
+        return args
+
+    def error(self, message: str) -> None:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # of processes that torchrun started, the first says it
+            raise Ended
+        raise CallError(message)
+
+
+def setting(group: str, default: object, help: str, **rules: object) -> Field:
+    """A dataclass's field that is a flag too: its group in `--help`, its default, what it is, and its values' rules."""
+    return field(default=default, metadata={"group": group, "help": help, **rules})
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def add_flag(parser: argparse._ActionsContainer, key: Field, default: object) -> None:
+    """Make a setting a flag of the same name."""
+    if key.type is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif key.type is tuple:
+        how = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+    else:
+        how = {"type": key.type, "choices": key.metadata.get("choices"), "metavar": key.metadata.get("metavar")}
+    parser.add_argument(flag(key.name), **how, default=default, help=key.metadata["help"])
+
+
+def problem(key: Field, value: object) -> str | None:
+    """What is wrong with a value of this setting, in words; None when nothing is."""
+    rules, kinds = key.metadata, (int, float) if key.type is float else key.type
+    if not isinstance(value, kinds) or (isinstance(value, bool) and key.type is not bool):
+        return f"{value!r} is not of type {key.type.__name__}"
+    if key.type is str and not value.isprintable():  # which no UTF-8 file of settings could hold, or no terminal show
+        return f"{value!r:.80} has characters that cannot be printed"
+    if "choices" in rules and value not in rules["choices"]:
+        return f"{value!r} is not one of {', '.join(rules['choices'])}{suggestion(value, rules['choices'])}"
+    if trouble := "check" in rules and rules["check"](value):
+        return trouble
+    numbers = value if key.type is tuple else (value,) if key.type in (int, float) else ()
+    if key.type is tuple and len(value) not in (0, 3):
+        return f"{list(value)} is not one number for each of the three channels"
+    for number in numbers:
+        if not isinstance(number, int | float) or not -1e300 < number < 1e300:
+            return f"{number!r:.40} is not a finite number"
+        if number < rules.get("at_least", -math.inf) or number <= rules.get("above", -math.inf):
+            bound = f"at least {rules['at_least']}" if "at_least" in rules else f"above {rules['above']}"
+            return f"{number} is not {bound}"
+        if number >= rules.get("below", math.inf) or number > rules.get("at_most", math.inf):
+            bound = f"below {rules['below']}" if "below" in rules else f"at most {rules['at_most']}"
+            return f"{number} is not {bound}"
+    return None
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What the user may have meant, as the end of an error message; nothing if nothing is close."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped: names of strangers' files must not steer the terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def bar(name: str, total: int, unit: str, start: int = 0, delay: float = 0) -> "tqdm":
+    """A progress bar on standard error, gone when it is done: on a terminal alone, and unless `TQDM_DISABLE` is set."""
+    from tqdm import tqdm  # predicting does without it
+
+    hidden = True if os.environ.get("TQDM_DISABLE") else None  # None: if this is no terminal
+    return tqdm(desc=name, total=total, unit=f" {unit}", initial=start, delay=delay, leave=False, disable=hidden)
+
+
+def command(
+    script: str, main: Callable[[list[str] | None], int | None], argv: list[str] | None = None, interrupted: str = ""
+) -> int:
+    """Run a script's main(): what a user can mend ends in one line, not in a traceback. Returns the exit status.
+
+    `interrupted` is what to say after Ctrl-C.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
+    try:
+        return main(argv) or 0
+    except Ended:
+        return 1
+    except BrokenPipeError:  # who read the output had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Problem, OSError) as error:
+        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        message = "; ".join(map(str, [where, *getattr(error, "__notes__", [])]))
+        print(f"{script}: {printable(message)}", file=sys.stderr)
+        return getattr(error, "status", 1)
+    except KeyboardInterrupt as interrupt:
+        with contextlib.suppress(OSError):
+            print(f"{script}: interrupted{interrupted}", file=sys.stderr)
+            for how_to_go_on in getattr(interrupt, "__notes__", []):
+                print(how_to_go_on, flush=True)
+        return 130
+
+
 def end(status: int) -> None:
     """End the program with this exit status."""
     try:
@@ -344,6 +486,9 @@ def end(status: int) -> None:
     if "RANK" in os.environ:  # one of PyTorch's threads would now and then abort a process that ends in peace
         os._exit(status)
     sys.exit(status)
+
+
+# ---- the script ----------------------------------------------------------------------------------------------------
 
 
 def why(device: torch.device, precision: torch.dtype) -> tuple[str, str]:
@@ -384,16 +529,12 @@ def try_out(device: torch.device, precision: torch.dtype) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="What this machine has, and what a run would use.", allow_abbrev=False)
+    parser = Parser(description="What this machine has, and what a run would use.")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: auto")
-    parser.error = lambda message: parser.exit(2, f"device.py: {message}\n")
     args = parser.parse_args(argv)
-    try:
-        device = pick(args.device)
-        precision = pick_precision(args.precision, device)
-    except DeviceError as error:
-        parser.error(str(error))
+    device = pick(args.device)
+    precision = pick_precision(args.precision, device)
 
     rows = [("python", platform.python_version())]
     for package in ("torch", "torchvision"):
@@ -420,5 +561,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'trial':12} 5x5 convolution, forward and backward, 64 pictures: {milliseconds:.1f} ms ... ok")
 
 
+def cli(argv: list[str] | None = None) -> int:
+    return command("device.py", main, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(cli())

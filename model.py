@@ -6,7 +6,6 @@ names all networks, `--checkpoint FILE` tells what a file holds, and `--export` 
 
 import argparse
 import contextlib
-import difflib
 import importlib.util
 import inspect
 import io
@@ -30,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from device import CallError, Parser, Problem, command, end, flag, printable, suggestion
+
 FORMAT = 2  # of a checkpoint; grows when an older reader could misread a newer file
 CONTENT = {"format": int, "model": dict, "classes": list, "image_size": int, "resize": int, "interpolation": str}
 CONTENT |= {"mean": list, "std": list, "state_dict": dict, "epoch": int, "metrics": dict, "config": dict}
@@ -46,14 +47,11 @@ NEEDED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _re
 AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary classifiers (Szegedy et al. 2014, arxiv.org/abs/1409.4842, part 5)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Problem):
     """A checkpoint that cannot be used; the message names the file and the reason."""
 
-    def __init__(self, message: str):
-        super().__init__(printable(message))
 
-
-class NetworkError(ValueError):
+class NetworkError(CallError):
     """A network that cannot be: an unknown name, or options that do not work."""
 
 
@@ -215,17 +213,6 @@ def unknown(name: str) -> str | None:
     return None if name in known else f"no network {name!r}; python model.py --list has all{suggestion(name, known)}"
 
 
-def printable(text: str) -> str:
-    """The text with its control characters escaped: a stranger's names must not steer the terminal."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """What the user may have meant, as the end of an error message; nothing if nothing is close."""
-    close = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 # ---- torchvision's networks ----------------------------------------------------------------------------------------
 
 
@@ -362,14 +349,20 @@ def outputs_of_all(
     group,
     classes: int,
     tta: str = "none",
-    check: typing.Callable[[], None] = lambda: None,
+    check: typing.Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """As `outputs`, for a whole set of datasets.py, of which each process of a group looks at a share; all get all.
 
     `check` is called before each batch.
     """
     at_once, places = pictures.evaluation_parts(group)
-    logits, _ = outputs(network, (check() or batch for batch in pictures.batches(at_once, group=group)), tta)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in pictures.batches(at_once, group=group):
+            check()
+            yield batch
+
+    logits, _ = outputs(network, batches(), tta)
     logits = logits.to(pictures.labels.device).view(len(places), classes)
     return group.whole(logits, places, len(pictures)), pictures.labels
 
@@ -401,10 +394,18 @@ def probabilities(logits: Tensor, kind: str = "cross_entropy") -> Tensor:
     return F.normalize(logits.clamp(min=0) + 1e-9 * above_all, p=1, dim=1)
 
 
-def score(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> tuple[float, float]:
-    """The mean loss per picture, without label smoothing, and the accuracy as a fraction of 1."""
-    correct = (logits.argmax(1) == labels).sum().item()
-    return loss_function(logits, labels, kind).item(), correct / len(labels)
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share, of 1, of pictures whose label has the highest logit."""
+    return (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+METRICS = {"accuracy": accuracy}  # of logits (N, classes) and int64 labels (N,), beside the loss; each a curve
+
+
+def score(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> dict[str, float]:
+    """The mean loss per picture, without label smoothing, as "loss", and all of METRICS by their names."""
+    found = {name: metric(logits, labels) for name, metric in METRICS.items()}
+    return {"loss": loss_function(logits, labels, kind).item()} | found
 
 
 # ---- standing on trained networks ----------------------------------------------------------------------------------
@@ -988,7 +989,7 @@ def as_onnx(network: nn.Module, images: Tensor, facts: str) -> tuple[bytes, typi
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="cifar_quick", help="the network (default: cifar_quick)")
     parser.add_argument("--classes", type=int, default=10, help="default: 10")
     parser.add_argument("--image-size", type=int, default=32, help="side of a picture in pixels (default: 32)")
@@ -1000,11 +1001,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name all networks")
     parser.add_argument("--checkpoint", metavar="FILE", help="tell what a checkpoint holds")
     parser.add_argument("--export", type=Path, metavar="OUT", help="write --checkpoint as .pt2 (torch.export) or .onnx")
-    parser.error = lambda message: parser.exit(2, f"model.py: {message}\n")
     args = parser.parse_args(argv)
     for name in ("classes", "image_size"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+            parser.error(f"{flag(name)} {getattr(args, name)}: must be at least 1")
     if args.export and not args.checkpoint:
         parser.error("--export: give --checkpoint FILE too")
     if args.export and args.export.suffix not in (".pt2", ".onnx"):
@@ -1046,15 +1046,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """main() for the command line: a user's mistake ends in one line, not in a traceback."""
-    try:
-        main(argv)
-    except (NetworkError, CheckpointError, OSError) as error:
-        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"model.py: {where}", file=sys.stderr)
-        return 2 if isinstance(error, NetworkError) else 1
-    return 0
+    return command("model.py", main, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    end(cli())

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import datasets
 import model
 import views
-from device import DeviceError, Ended, Group, GroupError, end, memory_format, pick
+from device import Group, Parser, bar, command, end, memory_format, pick, printable
 
 EXPLAINED = ".explained.png"  # how the names of the pictures that --show writes end
 BATCH = 250  # pictures in memory at a time
@@ -54,7 +54,32 @@ def newest_checkpoint(log_dir: Path = Path("logs")) -> Path:
     return runs[-1] if runs else shipped[0]
 
 
-def classify(network: nn.Module, checkpoint: dict, images: Tensor) -> Tensor:
+def classify(
+    image: str | Path | Image.Image | np.ndarray | Tensor,
+    loaded: tuple[nn.Module, dict] | None = None,
+    top_k: int = 3,
+) -> list[tuple[str, float]]:
+    """The `top_k` classes of a picture, most probable first, with their probabilities: `[("dog", 0.93), ...]`.
+
+    `image` is a file, a Pillow picture of any mode, or pixels: uint8 `(H, W, 3)`, or `(3, H, W)` in a Tensor; of any
+    size. `loaded` is what `model.load` gives; without it the checkpoint that `newest_checkpoint` finds is loaded, anew
+    each time. Raises DataError for what is no picture, CheckpointError.
+    """
+    network, checkpoint = loaded or model.load(newest_checkpoint())
+    if isinstance(image, Tensor):
+        image = np.moveaxis(image.cpu().numpy(), 0, -1)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise datasets.DataError(f"pixels are wanted as uint8 (H, W, 3), not {image.dtype} {image.shape}")
+        image = Image.fromarray(image)
+    pixels, _ = datasets.read_picture(image, sizing(checkpoint))
+    images = torch.tensor(pixels).permute(2, 0, 1)[None].to(next(network.parameters()).device)
+    best = shares(network, checkpoint, images)[0].topk(min(top_k, len(checkpoint["classes"])))
+    names = [checkpoint["classes"][place] for place in best.indices.tolist()]
+    return list(zip(names, best.values.tolist(), strict=True))
+
+
+def shares(network: nn.Module, checkpoint: dict, images: Tensor) -> Tensor:
     """Class probabilities `(N, classes)` of uint8 images `(N, 3, image_size, image_size)`, on the images' device."""
     parts = images.split(datasets.evaluation_batch(checkpoint["image_size"]))
     batches = (datasets.normalize(part, checkpoint["mean"], checkpoint["std"]) for part in parts)
@@ -103,8 +128,7 @@ def answers(
         readable = decoded.extent > 0
         tops, reasons = iter(()), iter(decoded.bad)
         if readable.any():
-            shares = classify(network, checkpoint, decoded.images[readable].permute(0, 3, 1, 2).to(device))
-            best = shares.topk(top_k)
+            best = shares(network, checkpoint, decoded.images[readable].permute(0, 3, 1, 2).to(device)).topk(top_k)
             tops = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for name, good, picture in zip(batch, readable.tolist(), decoded.images.numpy(), strict=True):
             if good:
@@ -126,7 +150,7 @@ def explain(answer: Answer, network: nn.Module, checkpoint: dict) -> None:
     file = io.BytesIO()
     Image.fromarray(views.explained(answer.picture, heat, *map(list, zip(*answer.top, strict=True)))).save(file, "PNG")
     model.write(path, file.getvalue())
-    print(f"explained: {datasets.printable(str(path))}", file=sys.stderr)
+    print(f"explained: {printable(str(path))}", file=sys.stderr)
 
 
 def explaining(answered: Iterable[Answer], network: nn.Module, checkpoint: dict) -> Iterator[Answer]:
@@ -138,7 +162,7 @@ def explaining(answered: Iterable[Answer], network: nn.Module, checkpoint: dict)
 
 
 def complain(name: str | Path, reason: str) -> None:
-    print(f"predict.py: {datasets.printable(f'{name}: {reason}')}", file=sys.stderr)
+    print(f"predict.py: {printable(f'{name}: {reason}')}", file=sys.stderr)
 
 
 def header(top_k: int) -> list[str]:
@@ -167,8 +191,8 @@ def report(answered: Iterable[Answer], top_k: int, form: str) -> int:
         elif form == "csv":
             table.writerow(row(answer))
         else:
-            shares = [f"{guess} {share:.1%}" for guess, share in answer.top]
-            print("  ".join([datasets.printable(str(answer.name)), *shares]))
+            guesses = [f"{guess} {share:.1%}" for guess, share in answer.top]
+            print("  ".join([printable(str(answer.name)), *guesses]))
     return int(failed)
 
 
@@ -183,8 +207,6 @@ def write_table(
     The processes of a group share them by thousands. Each thousand is saved when it is done, in a folder beside the
     file, so that after a stop only the others are left to do; it is tossed if it is of other names or settings (`of`).
     """
-    from tqdm import tqdm
-
     folder = out.with_name(f"{out.name}.parts")
     group.of_first(lambda: open_parts(folder, hashlib.sha256(repr((of, names)).encode()).hexdigest()))
     parts = [(folder / f"{start:012}.json", names[start : start + PART]) for start in range(0, len(names), PART)]
@@ -193,7 +215,7 @@ def write_table(
     if done:
         print(f"{folder}: {done:,} of {len(names):,} files are done already", file=sys.stderr)
     left = sum(len(inside) for _, inside in own)
-    with tqdm(total=left, desc="files", unit=" files", disable=None, leave=False) as bar:
+    with bar("reading", left, "files") as progress:
         answered = iter(answer([name for _, inside in own for name in inside]))
         for path, inside in own:
             rows, bad = [], []
@@ -203,7 +225,7 @@ def write_table(
                 else:
                     rows.append(row(found))
             model.write(path, json.dumps({"rows": rows, "bad": bad}).encode())
-            bar.update(len(inside))
+            progress.update(len(inside))
     group.wait()
     status = merge(out, [path for path, _ in parts], top_k) if group.rank == 0 else 0
     return 0 if group.count > 1 else status  # torchrun would take it for a failure, and start all again
@@ -249,7 +271,7 @@ def merge(out: Path, parts: list[Path], top_k: int) -> int:
 def cell(text: str) -> str:
     """Text for a table: what a spreadsheet would take for a formula begins with an apostrophe, which tells it not to
     (owasp.org/www-community/attacks/CSV_Injection)."""
-    text = datasets.printable(text)
+    text = printable(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) and text != "-" else text
 
 
@@ -267,7 +289,7 @@ def evaluate(
     renumber = torch.tensor([classes.index(name) for name in test_set.classes], device=device)
     test_set.labels = renumber[test_set.labels]
     logits, labels = model.outputs_of_all(network, test_set, group, len(classes), config.get("tta", "none"))
-    loss, accuracy = model.score(logits, labels, config.get("loss", "cross_entropy"))
+    scores = model.score(logits, labels, config.get("loss", "cross_entropy"))
     pairs = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
     confusion = pairs.view(len(classes), -1).tolist()
     by_class = {
@@ -275,12 +297,14 @@ def evaluate(
         for place, (name, row) in enumerate(zip(classes, confusion, strict=True))
         if sum(row)
     }
-    return {"loss": loss, "accuracy": accuracy, "pictures": len(labels), "classes": by_class, "confusion": confusion}
+    return scores | {"pictures": len(labels), "classes": by_class, "confusion": confusion}
 
 
 def show(result: dict, classes: list[str]) -> None:
     """Print an evaluation: the sums, then a line a class with its accuracy and what its pictures were taken for."""
-    print(f"loss {result['loss']:.4f}  accuracy {result['accuracy']:.2%}  {result['pictures']:,} test pictures\n")
+    of_all = [f"loss {result['loss']:.4f}", f"accuracy {result['accuracy']:.2%}"]
+    of_all += [f"{name} {result[name]:.4f}" for name in model.METRICS if name != "accuracy"]
+    print("  ".join([*of_all, f"{result['pictures']:,} test pictures\n"]))
     width, cell = max(map(len, [*classes, "class"])), max(5, len(str(max(map(max, result["confusion"])))) + 1)
     numbers = "".join(f"{place:>{cell}}" for place in range(len(classes)))
     print(f"   {'class':{width}}  accuracy  {numbers}   <- taken for")
@@ -294,7 +318,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for place, (flag, after) in enumerate(itertools.pairwise([*argv, ""])):
         if flag == "--csv" and not after.lower().endswith(".csv"):  # what follows is no file to write but a picture
             argv[place] = "--csv="
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files, folders, or - for standard input")
     parser.add_argument("--evaluate", metavar="DATA", help="measure on the test set of cifar10, shapes or a folder")
     parser.add_argument("--data-dir", default="data", help="where downloads live (default: data)")
@@ -311,11 +335,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--show", action="store_true", help="write NAME.explained.png: what the answer hangs on")
     parser.add_argument("--tta", choices=model.TTA, help="views of each picture; default: as in training")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    parser.error = lambda message: parser.exit(2, f"predict.py: {message}\n")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        parser.error(f"unknown flag {unknown[0]}{model.suggestion(unknown[0], flags)}")
+    args = parser.parse_args(argv)
     if bool(args.pictures) == bool(args.evaluate):
         parser.error("give pictures or --evaluate DATA, one of them (--help tells more)")
     if args.csv is not None:
@@ -335,7 +355,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     with Group() as group:
         device = pick(args.device, group)
         path = args.checkpoint or group.of_first(newest_checkpoint)
@@ -369,24 +388,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """main() for the command line: a user's mistake ends in one line, not in a traceback."""
-    try:
-        return main(argv)
-    except Ended:
-        return 1
-    except DeviceError as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of a pipe had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (model.CheckpointError, datasets.DataError, GroupError, OSError) as error:
-        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"predict.py: {datasets.printable(str(where))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("predict.py: interrupted; with --csv FILE, the same command goes on from here", file=sys.stderr)
-        return 130
+    return command("predict.py", main, argv, "; with --csv FILE, the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import datetime
 import errno
 import hashlib
 import inspect
@@ -31,22 +32,29 @@ import datasets
 import model
 import views
 from device import (
-    DeviceError,
-    Ended,
+    CallError,
     Group,
-    GroupError,
     Interrupted,
     Interrupts,
+    Parser,
+    Problem,
+    add_flag,
     autocast,
+    bar,
+    command,
     end,
+    flag,
     memory_format,
     memory_used,
     pick,
     pick_precision,
+    problem,
     seed,
+    setting,
+    suggestion,
     tune,
 )
-from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, TTA, suggestion
+from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, TTA
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
@@ -55,27 +63,82 @@ SEEN = torch.finfo(torch.float32).tiny  # the least share of 1 that a picture's 
 INTERRUPTED = "interrupted.pt"  # the checkpoint in the middle of an epoch
 LOCK, LOCK_SECONDS = "run.lock", 6  # workers of a killed process notice that within 5 seconds
 RESOLVED = {"image_size", "resize", "interpolation", "activation", "mean", "std"}  # where "auto" becomes a value
+GROUPS = ("data", "augmentation", "network", "recipe", "machine", "run")  # of settings
 LATER = {"data_dir", "data_url", "epochs"}  # and settings of the machine and the run can change in a resumed run
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\xb9\xb2\xb3]|conin\$|conout\$)([. ].*)?", re.IGNORECASE)
 
 
-class ConfigError(ValueError):
+class ConfigError(CallError):
     """A setting that cannot be; the message names the file or flag, the key and the value."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Problem):
     """Training cannot go on."""
 
 
-WRONG_CALL = (ConfigError, DeviceError, datasets.LimitError, model.NetworkError)  # exit status 2; all else is 1
+# ---- optimizers ----------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.SGD):
+    """SGD that makes the step of every weight in groups with `orthogonal=True` more like an orthogonal matrix.
+
+    After Jordan et al. 2024 (kellerjordan.github.io/posts/muon): a convolution's step, seen as `(outputs, all else)`,
+    keeps its directions, but their lengths come closer to each other. torch.optim.Muon takes matrices alone.
+    """
+
+    def __init__(self, groups: list[dict], *settings: float, precision: torch.dtype, **more: bool):
+        super().__init__(groups, *settings, **more)
+        self.precision = torch.bfloat16 if precision == torch.bfloat16 else torch.float32  # of the products
+        self._step_supports_amp_scaling = False  # GradScaler shall unscale the gradients and skip what overflowed
+
+    @torch.no_grad()
+    def step(self) -> None:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            for weight in group["params"] if group["orthogonal"] else ():
+                if weight.grad is None:
+                    continue
+                if self.state[weight].get("momentum_buffer") is None:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                buffer = self.state[weight]["momentum_buffer"]
+                buffer.mul_(group["momentum"]).add_(weight.grad)
+                update = weight.grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+                update = orthogonal(update.flatten(1).to(self.precision)).to(weight).view_as(weight)
+                lr = group["lr"] * max(1, len(weight) / weight[0].numel()) ** 0.5  # tall matrices have longer columns
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-lr)
+
+
+def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
+    """A matrix on the way to the nearest (semi-)orthogonal one, by Newton-Schulz steps on its singular values.
+
+    Three steps bring those above 0.03 of the matrix's norm to between 0.6 and 1.2, and let smaller ones grow about 40
+    times, which serves as well as exact ones; the polynomial is that of the page named in Muon.
+    """
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(steps):
+        square = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+    return wide if len(matrix) <= matrix.shape[1] else wide.T
+
+
+def sgd(groups: list[dict], config: "Config", _: torch.dtype, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov, fused=fused)
+
+
+def muon(groups: list[dict], config: "Config", precision: torch.dtype, fused: bool) -> torch.optim.Optimizer:
+    return Muon(groups, config.lr, config.momentum, nesterov=config.nesterov, fused=fused, precision=precision)
+
+
+# Each is made of groups of weights, which have their own "lr" and "weight_decay", of the config, the precision of the
+# forward pass, and whether the device can update all weights in one go (`fused`).
+OPTIMIZERS = {"sgd": sgd, "muon": muon}
 
 
 # ---- configuration -------------------------------------------------------------------------------------------------
-
-
-def setting(group: str, default: object, help: str, **rules: object) -> Field:
-    """One line of Config: its group in `--help`, its default, what it is, and what its values must be."""
-    return field(default=default, metadata={"group": group, "help": help, **rules})
 
 
 def bad_freeze(value: str) -> str | None:
@@ -95,8 +158,8 @@ def bad_folder(value: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Config:
-    """Every setting of a run: a key of the config files, and a flag of the same name."""
+class Config(datasets.Augment):
+    """Every setting of a run, those of Augment too: a key of the config files, and a flag of the same name."""
 
     data: str = setting("data", "cifar10", "cifar10, shapes, or a folder of pictures")
     data_dir: str = setting("data", "data", "where downloads live")
@@ -126,17 +189,6 @@ class Config:
     mean: tuple = setting("data", (), "of the three channels, pixels in [0, 1]; () is that of --weights, else measured")
     std: tuple = setting("data", (), "like mean", above=0)
     shuffle: bool = setting("data", True, "a new order every epoch")
-    flip: bool = setting("data", False, "augmentation: mirror half the training pictures")
-    crop: int = setting(
-        "data", 0, "augmentation: shift by up to PIXELS, reflected at the edge", at_least=0, metavar="PIXELS"
-    )
-    cutout: int = setting("data", 0, "augmentation: hide a square of PIXELS", at_least=0, metavar="PIXELS")
-    jitter: float = setting(
-        "data", 0.0, "augmentation: change brightness, contrast, saturation by up to this share", at_least=0, at_most=1
-    )
-    resized_crop: float = setting(
-        "data", 0.0, "augmentation: enlarge a part of at least this share of the area; 0: none", at_least=0, at_most=1
-    )
 
     model: str = setting("network", "cifar_quick", "the network: `python model.py --list`", check=model.unknown)
     batch_norm: bool = setting("network", True, "of cifar_quick: batch normalisation in every stage")
@@ -163,7 +215,7 @@ class Config:
     accumulate: int = setting(
         "recipe", 1, "pieces in which each batch is worked on, one after the other, in less memory", at_least=1
     )
-    optimizer: str = setting("recipe", "sgd", "muon: SGD, hidden layers' weights by --muon-lr", choices=("sgd", "muon"))
+    optimizer: str = setting("recipe", "sgd", "muon: SGD, hidden layers' weights by --muon-lr", choices=OPTIMIZERS)
     lr: float = setting("recipe", 0.01, "learning rate, at its highest", above=0)
     muon_lr: float = setting("recipe", 0.05, "the same for Muon's orthogonal steps", above=0)
     backbone_lr: float = setting("recipe", 0.0, "the same for all but the head; 0: like lr", at_least=0)
@@ -202,6 +254,7 @@ class Config:
     view_every: int = setting("run", 0, "epochs between two sets of pictures; 0: ten times in the run", at_least=0)
     histograms: bool = setting("run", False, "views: how weights and gradients are distributed")
     embedding: bool = setting("run", False, "views: 1,000 test pictures in the projector, by the last hidden layer")
+    quiet: bool = setting("run", False, "neither progress bars nor notes; problems are named all the same")
     run_name: str = setting("run", "", "the run's folder; date, time and network if not given", check=bad_folder)
     keep: int = setting("run", 0, "checkpoints to keep beside best.pt, the newest; 0: all", at_least=0)
     patience: int = setting("run", 0, "stop when the best epoch is so many epochs ago; 0: never", at_least=0)
@@ -213,32 +266,26 @@ class Config:
 def parse(argv: list[str] | None) -> tuple[Config, dict, str | None]:
     """The config file's settings, overruled by the flags; the flags alone; and what `--resume` names (None without).
 
-    A wrong one ends the program with one line and status 2.
+    Raises CallError for a wrong one.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument("--config", type=Path, help=f"TOML file with other defaults than {DEFAULT_CONFIG.name}'s")
     first.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="go on with this run, or the newest unfinished one"
     )
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         usage="python train.py [--config FILE | --resume [RUN]] [--KEY VALUE ...]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         parents=[first],
-        allow_abbrev=False,
-    )
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of processes that torchrun started on a machine
-    first.error = parser.error = lambda message: parser.exit(
-        2, f"train.py: {model.printable(message)}\n" if speaks else None
     )
     try:
         config = read_config(first.parse_known_args(argv)[0].config or DEFAULT_CONFIG)
-        add_flags(parser, config)
+        groups = {name: parser.add_argument_group(name) for name in GROUPS}
+        for key in settings():
+            add_flag(groups[key.metadata["group"]], key, getattr(config, key.name))
         not_given = argparse.Namespace(**dict.fromkeys(Config.__dataclass_fields__))
-        args, unknown = parser.parse_known_args(argv, not_given)
-        if unknown:
-            flags = [flag for action in parser._actions for flag in action.option_strings]
-            raise ConfigError(f"unknown flag {unknown[0]}{suggestion(unknown[0].partition('=')[0], flags)}")
+        args = parser.parse_args(argv, not_given)
         given = {name: value for name in Config.__dataclass_fields__ if (value := getattr(args, name)) is not None}
         given = checked(given, flag)
         if args.resume is not None and args.config:
@@ -265,10 +312,6 @@ def read_config(path: Path) -> Config:
     return Config(**checked(content, lambda name: f"{path}: {name}"))
 
 
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def checked(values: dict, called: Callable[[str], str]) -> dict:
     """These values for a Config; raises ConfigError for an impossible one, by the name that the user `called` it."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -280,45 +323,9 @@ def checked(values: dict, called: Callable[[str], str]) -> dict:
     return values
 
 
-def add_flags(parser: argparse.ArgumentParser, defaults: Config) -> None:
-    groups = {}
-    for key in fields(Config):
-        if key.metadata["group"] not in groups:
-            groups[key.metadata["group"]] = parser.add_argument_group(key.metadata["group"])
-        if key.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif key.type is tuple:
-            how = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
-        else:
-            how = {"type": key.type, "choices": key.metadata.get("choices"), "metavar": key.metadata.get("metavar")}
-        how |= {"default": getattr(defaults, key.name), "help": key.metadata["help"]}
-        groups[key.metadata["group"]].add_argument(flag(key.name), **how)
-
-
-def problem(key: Field, value: object) -> str | None:
-    """What is wrong with a value of this setting, in words; None when nothing is."""
-    rules, kinds = key.metadata, (int, float) if key.type is float else key.type
-    if not isinstance(value, kinds) or (isinstance(value, bool) and key.type is not bool):
-        return f"{value!r} is not of type {key.type.__name__}"
-    if key.type is str and not value.isprintable():  # which no UTF-8 file of settings could hold, or no terminal show
-        return f"{value!r:.80} has characters that cannot be printed"
-    if "choices" in rules and value not in rules["choices"]:
-        return f"{value!r} is not one of {', '.join(rules['choices'])}{suggestion(value, rules['choices'])}"
-    if trouble := "check" in rules and rules["check"](value):
-        return trouble
-    numbers = value if key.type is tuple else (value,) if key.type in (int, float) else ()
-    if key.type is tuple and len(value) not in (0, 3):
-        return f"{list(value)} is not one number for each of the three channels"
-    for number in numbers:
-        if not isinstance(number, int | float) or not -1e300 < number < 1e300:
-            return f"{number!r:.40} is not a finite number"
-        if number < rules.get("at_least", -math.inf) or number <= rules.get("above", -math.inf):
-            bound = f"at least {rules['at_least']}" if "at_least" in rules else f"above {rules['above']}"
-            return f"{number} is not {bound}"
-        if number >= rules.get("below", math.inf) or number > rules.get("at_most", math.inf):
-            bound = f"below {rules['below']}" if "below" in rules else f"at most {rules['at_most']}"
-            return f"{number} is not {bound}"
-    return None
+def settings() -> list[Field]:
+    """The keys of Config, in the order of `--help` and of config files."""
+    return sorted(fields(Config), key=lambda key: GROUPS.index(key.metadata["group"]))
 
 
 def check_together(config: Config) -> None:
@@ -333,7 +340,7 @@ def check_together(config: Config) -> None:
         raise ConfigError(f"--freeze {config.freeze}: untrained stages would stay random; add --weights")
     if config.freeze == "all" and config.backbone_lr:
         raise ConfigError("--backbone-lr: with --freeze all nothing but the head trains; add --backbone-lr 0")
-    if config.model in NETWORKS and config.batch_norm and config.batch_size == 1 and config.freeze != "all":
+    if config.model == "cifar_quick" and config.batch_norm and config.batch_size == 1 and config.freeze != "all":
         raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
 
 
@@ -406,9 +413,8 @@ def resolve(config: Config) -> tuple[Config, dict | None]:
 
 def stored(config: Config) -> dict:
     """The config as plain values; without the run's name, so that it can be run again."""
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    del values["run_name"]
-    return values
+    values = {key.name: getattr(config, key.name) for key in settings() if key.name != "run_name"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def as_toml(config: Config) -> str:
@@ -418,52 +424,6 @@ def as_toml(config: Config) -> str:
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
-
-
-class Muon(torch.optim.SGD):
-    """SGD that makes the step of every weight in groups with `orthogonal=True` more like an orthogonal matrix.
-
-    After Jordan et al. 2024 (kellerjordan.github.io/posts/muon): a convolution's step, seen as `(outputs, all else)`,
-    keeps its directions, but their lengths come closer to each other. torch.optim.Muon takes matrices alone.
-    """
-
-    def __init__(self, groups: list[dict], *settings: float, precision: torch.dtype, **more: bool):
-        super().__init__(groups, *settings, **more)
-        self.precision = torch.bfloat16 if precision == torch.bfloat16 else torch.float32  # of the products
-        self._step_supports_amp_scaling = False  # GradScaler shall unscale the gradients and skip what overflowed
-
-    @torch.no_grad()
-    def step(self) -> None:
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["orthogonal"]]
-        super().step()
-        self.param_groups = groups
-        for group in groups:
-            for weight in group["params"] if group["orthogonal"] else ():
-                if weight.grad is None:
-                    continue
-                if weight not in self.state:
-                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-                buffer = self.state[weight]["momentum_buffer"]
-                buffer.mul_(group["momentum"]).add_(weight.grad)
-                update = weight.grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-                update = orthogonal(update.flatten(1).to(self.precision)).to(weight).view_as(weight)
-                lr = group["lr"] * max(1, len(weight) / weight[0].numel()) ** 0.5  # tall matrices have longer columns
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-lr)
-
-
-def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
-    """A matrix on the way to the nearest (semi-)orthogonal one, by Newton-Schulz steps on its singular values.
-
-    Three steps bring those above 0.03 of the matrix's norm to between 0.6 and 1.2, and let smaller ones grow about 40
-    times, which serves as well as exact ones; the polynomial is that of the page named in Muon.
-    """
-    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-    wide = wide / (wide.norm() + 1e-7)
-    for _ in range(steps):
-        square = wide @ wide.T
-        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
-    return wide if len(matrix) <= matrix.shape[1] else wide.T
 
 
 @dataclass
@@ -582,6 +542,8 @@ class Trainer:
     precision: torch.dtype
     clock: Clock
     group: Group
+    steps: int  # of the whole run
+    sitting: tuple[int, float] | None = None  # the first step that was done since the program began, and when
     shares: Tensor | None = None  # given to the right class of every training picture, when it was last seen
     sums: Sums | None = None  # of the epoch in progress
     norm: Tensor | None = None  # of the last step's gradient, before it was shortened
@@ -641,6 +603,14 @@ class Trainer:
             self.shares = torch.where(self.sums.shares > 0, self.sums.shares, before)
         self.sums = None
 
+    def left(self) -> str:
+        """About how long the run takes from here, at the pace of this sitting: `0:03:12`."""
+        step, now = self.schedule.last_epoch, self.clock.seconds()
+        self.sitting = self.sitting or (step, now)
+        pace = (now - self.sitting[1]) / max(1, step - self.sitting[0])
+        seconds = min(pace * (self.steps - step), max(0, self.clock.limit - now))
+        return str(datetime.timedelta(seconds=round(seconds))) if step > self.sitting[0] else "?"
+
     def gradient_norm(self) -> float:
         """The length of the last step's gradient, over all that trains."""
         if self.norm is not None:
@@ -666,10 +636,10 @@ class Trainer:
         own, found = self.optimizer.state_dict(), state["optimizer"]["state"]
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for place, buffers in found.items():
-            momentum = buffers.pop("momentum_buffer", None)
-            if buffers or (momentum is not None and momentum.shape != trained[place].shape):
-                raise ValueError("its momentum is not that of its weights")
-            buffers["momentum_buffer"] = momentum
+            for of in buffers.values():
+                fits = of.shape in (trained[place].shape, ()) if isinstance(of, Tensor) else type(of) in (int, float)
+                if not fits and of is not None:
+                    raise ValueError("its momentum is not that of its weights")
         self.optimizer.load_state_dict(own | {"state": found})
         if state["scaler"]:  # one that does nothing has no state
             self.scaler.load_state_dict(state["scaler"])
@@ -734,11 +704,7 @@ def make_trainer(
         }
         for (of_head, is_matrix, orthogonal), parameters in sorted(parts.items(), key=itemgetter(0), reverse=True)
     ]
-    settings = {"nesterov": config.nesterov, "fused": device.type in ("cpu", "cuda")}  # one pass over all weights
-    if config.optimizer == "muon":
-        optimizer = Muon(groups, config.lr, config.momentum, precision=precision, **settings)
-    else:
-        optimizer = torch.optim.SGD(groups, config.lr, config.momentum, **settings)
+    optimizer = OPTIMIZERS[config.optimizer](groups, config, precision, device.type in ("cpu", "cuda"))
     clock = clock or Clock()
     clock.share()  # from here on it counts
 
@@ -750,7 +716,7 @@ def make_trainer(
     trains = trains or network
     eager = trains if group.count == 1 else in_group(trains, config, device)
     forward = torch.compile(eager) if config.compile else eager
-    return Trainer(network, trains, forward, eager, optimizer, schedule, scaler, device, precision, clock, group)
+    return Trainer(network, trains, forward, eager, optimizer, schedule, scaler, device, precision, clock, group, steps)
 
 
 def in_group(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
@@ -840,7 +806,7 @@ def build(config: Config, options: dict, classes: list[str], trained: dict | Non
 
 def augmentation(config: Config) -> datasets.Augment | None:
     """The random changes of training pictures; None where there are none."""
-    augment = datasets.Augment(config.flip, config.crop, config.cutout, config.jitter, config.resized_crop)
+    augment = datasets.Augment(**{key.name: getattr(config, key.name) for key in fields(datasets.Augment)})
     return augment if augment != datasets.Augment() else None
 
 
@@ -856,28 +822,26 @@ def as_features(
 ) -> list[datasets.Features] | None:
     """What the frozen part makes of all pictures, computed once, by each process of a share of them; None where it does
     not fit into memory."""
-    from tqdm import tqdm
-
     device, found, start = sets[0].labels.device, [], time.perf_counter()
-    with tqdm(total=sum(map(len, sets)), desc="features", unit=" pictures", leave=False, disable=None) as bar:
+    with bar("features", sum(map(len, sets)), "pictures") as progress:
         for pictures in sets:
             features, (at_once, places) = None, pictures.evaluation_parts(group)
             for images, labels in pictures.batches(at_once, group=group):
                 with autocast(device, precision):
                     batch = frozen.features(images).float()
                 copies = group.local_count if device.type == "cpu" else 1
-                size = copies * batch[:1].nbytes * bar.total if len(batch) else 0
+                size = copies * batch[:1].nbytes * progress.total if len(batch) else 0
                 fits = size <= config.memory_share * datasets.free_memory(device)
                 if features is None and not found and not all(group.gather(fits)):
-                    print(f"features would take {size / 1e6:,.1f} MB: computed anew every epoch", file=sys.stderr)
+                    note(config, f"features would take {size / 1e6:,.1f} MB: computed anew every epoch")
                     return None
                 features = batch.new_zeros(len(pictures), *batch.shape[1:]) if features is None else features
                 own, places = places.split([len(labels), len(places) - len(labels)])
                 features[own.to(device)] = batch
-                bar.update(len(labels) * group.count)
+                progress.update(len(labels) * group.count)
             group.sum(features)
             found.append(datasets.Features(features, pictures.labels, pictures.classes, pictures.split))
-    print(f"features computed once, in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    note(config, f"features computed once, in {time.perf_counter() - start:.1f} s")
     return found
 
 
@@ -896,7 +860,7 @@ def what_trains(
     if augmentation(config):
         return head_only, sets
     if config.tta != "none":
-        print("features are computed anew every epoch; --tta none would compute them once", file=sys.stderr)
+        note(config, "features are computed anew every epoch; --tta none would compute them once")
     elif features := as_features(sets, head_only, config, precision, group):
         return head_only.tail, features
     return head_only, sets
@@ -942,8 +906,6 @@ def train_epoch(
     `stop` is asked after each step whether to leave it there; `trainer.sums` then tells where that is. Raises
     TrainingError when the loss is not finite.
     """
-    from tqdm import tqdm
-
     start, group = time.perf_counter(), trainer.group
     model.train_mode(trainer.trains)
     keep = hardest(trainer, config, epoch)
@@ -955,8 +917,8 @@ def train_epoch(
     if sums.shares is not None:
         own = datasets.own(parts, group, config.accumulate)
         places = order[own.places].to(trainer.device).split(own.sizes)
-    bar = tqdm(batches, f"epoch {epoch}", len(parts), initial=sums.step, unit=" steps", leave=False, disable=None)
-    for images, labels in bar:
+    progress, shown = bar(f"epoch {epoch}/{config.epochs}", len(parts), "steps", sums.step), ""
+    for images, labels in batches:
         sums.lr = trainer.schedule.get_last_lr()[0]
         seed(config.seed, epoch, sums.step, group.rank)
         batch = parts[sums.step]
@@ -973,13 +935,16 @@ def train_epoch(
         if at_point and not at_end:
             mean = (sums.loss - sums.logged_loss) / (sums.pictures - sums.logged_pictures)
             sums.logged_loss, sums.logged_pictures = sums.loss, sums.pictures
-            bar.set_postfix(loss=f"{mean:.3f}")
+            shown = f"loss {mean:.3f}, "
             writer.add_scalar("loss/train", mean, steps_before + sums.step)
             writer.add_scalar("lr", sums.lr, steps_before + sums.step)
         if at_point or at_end:
             writer.add_scalar("gradient_norm", trainer.gradient_norm(), steps_before + sums.step)
+        progress.set_postfix_str(f"{shown}run {trainer.left()} left", refresh=False)
+        progress.update()
         if leave:
             break
+    progress.close()
     for of_all in (sums.correct, sums.shares):
         if of_all is not None:
             group.sum(of_all)
@@ -1023,13 +988,13 @@ def evaluate(
     class probabilities `(N, classes)` and labels `(N,)`. Each process of a group looks at a share of them; all get all.
 
     Raises TrainingError when the loss is not finite, and what `check` raises, which is called before each batch."""
-    with autocast(trainer.device, trainer.precision):
-        how = trainer.group, len(pictures.classes), config.tta, check
+    batches = math.ceil(len(pictures) / pictures.evaluation_parts(trainer.group)[0])
+    with autocast(trainer.device, trainer.precision), bar(pictures.split, batches, "batches", delay=1) as progress:
+        how = trainer.group, len(pictures.classes), config.tta, lambda: (check(), progress.update())
         logits, labels = model.outputs_of_all(trainer.trains, pictures, *how)
-    loss, accuracy = model.score(logits, labels, config.loss)
-    if not math.isfinite(loss):
+    metrics = {f"{pictures.split}_{name}": value for name, value in model.score(logits, labels, config.loss).items()}
+    if not math.isfinite(loss := metrics[f"{pictures.split}_loss"]):
         raise TrainingError(f"the {pictures.split} loss is {loss}; try a lower --lr, or --clip-grad 1")
-    metrics = {f"{pictures.split}_loss": loss, f"{pictures.split}_accuracy": accuracy}
     return metrics, model.probabilities(logits, config.loss), labels
 
 
@@ -1279,7 +1244,7 @@ def go_on(run: Run, trainer: Trainer, train_set: datasets.Pictures, config: Conf
     Raises CheckpointError where the checkpoint does not fit, DataError where the pictures are others now.
     """
     if run.folder and not run.checkpoint:
-        print(f"{run.folder}: no checkpoint yet, starts anew", file=sys.stderr)
+        note(config, f"{run.folder}: no checkpoint yet, starts anew")
     if not run.checkpoint:
         run.pictures = len(train_set)
         return
@@ -1294,13 +1259,13 @@ def go_on(run: Run, trainer: Trainer, train_set: datasets.Pictures, config: Conf
         raise model.CheckpointError(f"{run.folder}: its training cannot go on: {str(error)[:200]}") from error
     where = f" at step {trainer.sums.step}" if trainer.sums else " with its evaluation" if run.trained else ""
     where = "is finished" if has_ended(run.history, config) else f"goes on in epoch {len(run.history) + 1}{where}"
-    print(f"{run.folder}: {where}", file=sys.stderr)
+    note(config, f"{run.folder}: {where}")
     if epochs != config.epochs:
         lr = trainer.schedule.get_last_lr()[0]
-        print(
+        note(
+            config,
             f"{epochs} -> {config.epochs} epochs: the {config.schedule} schedule now spans all of them, so that the "
             f"learning rate goes on at {lr:.3g}; a run of {config.epochs} epochs from its start would end elsewhere",
-            file=sys.stderr,
         )
 
 
@@ -1462,7 +1427,7 @@ def log(writer, metrics: dict, memory: float) -> None:
     """One epoch's metrics into TensorBoard."""
     for name, value in metrics.items():
         split, _, what = name.partition("_")
-        if what in ("loss", "accuracy"):
+        if split in ("train", "val", "test"):
             writer.add_scalar(f"{what}/{split}", value, metrics["step"])
         elif name in ("lr", "images_per_second", "epoch_seconds"):
             writer.add_scalar(name, value, metrics["step"])
@@ -1638,6 +1603,12 @@ def test_best(run: Run, trainer: Trainer, test_set: datasets.Pictures, config: C
         save(run, "best.pt", model.packed(checkpoint | {"metrics": best}))
 
 
+def note(config: Config, text: str) -> None:
+    """Say something on standard error that a user may want to know, but need not."""
+    if not config.quiet:
+        print(text, file=sys.stderr)
+
+
 def quoted(path: str | Path) -> str:
     """As one types it."""
     return f'"{path}"' if " " in str(path) else str(path)
@@ -1646,7 +1617,7 @@ def quoted(path: str | Path) -> str:
 def say_what(
     config: Config, sets: Iterable[datasets.Pictures], network: nn.Module, device: torch.device, group: Group
 ) -> None:
-    """One line on standard error: the pictures, the network and its weights, the device and how many processes."""
+    """In one line: the pictures, the network and its weights, the device and how many processes."""
     sizes = ", ".join(f"{len(pictures):,} {pictures.split}" for pictures in sets)
     parameters = list(network.parameters())
     count, training = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
@@ -1656,7 +1627,7 @@ def say_what(
     if config.weights != "none":
         about += f", from {config.weights}"
     where = f"{group.count} processes, this one on {device}" if group.count > 1 else device
-    print(f"{config.data}: {sizes} pictures; {about}; {where}", file=sys.stderr)
+    note(config, f"{config.data}: {sizes} pictures; {about}; {where}")
 
 
 # ---- the story -----------------------------------------------------------------------------------------------------
@@ -1672,6 +1643,8 @@ def main(argv: list[str] | None = None) -> int:
         device = pick(config.device, group)
         precision = pick_precision(config.precision, device)
         tune(device, config.deterministic)
+        if config.quiet:
+            os.environ["TQDM_DISABLE"] = "1"  # of all bars
         check_network(config, trained, run, group)
 
         train_set, *eval_sets = load_data(config, device, group)  # the first of eval_sets chooses the best epoch
@@ -1711,22 +1684,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """main() for the command line: a user's mistake ends in one line, not in a traceback."""
-    try:
-        return main(argv)
-    except Ended:
-        return 1
-    except (*WRONG_CALL, datasets.DataError, model.CheckpointError, TrainingError, GroupError, OSError) as error:
-        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        message = "; ".join(map(str, [where, *getattr(error, "__notes__", [])]))
-        print(f"train.py: {model.printable(message)}", file=sys.stderr)
-        return 2 if isinstance(error, WRONG_CALL) else 1
-    except KeyboardInterrupt as interrupt:
-        with contextlib.suppress(OSError):
-            print("train.py: interrupted; what was saved before is whole", file=sys.stderr)
-            for how_to_go_on in getattr(interrupt, "__notes__", []):
-                print(how_to_go_on, flush=True)
-        return 130
+    return command("train.py", main, argv, "; what was saved before is whole")
 
 
 if __name__ == "__main__":

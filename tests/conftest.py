@@ -64,12 +64,10 @@ def colour_run(tmp_path_factory, colour_folder) -> Path:
 def script(tmp_path):
     """Starts one of the scripts as a user would, in an empty folder; returns the finished process."""
 
-    def start(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
+    def start(name: str, *arguments: object, environment: dict = os.environ) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, **options
-        )
+        environment = dict(environment) | {"CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
 
     return start
 

@@ -114,9 +114,7 @@ def test_the_reasons_for_auto_are_given(capsys, monkeypatch):
 
 
 def test_a_wrong_device_is_a_wrong_call(capsys):
-    with pytest.raises(SystemExit) as stop:
-        device.main(["--device", "cuda:99"])
-    assert stop.value.code == 2
+    assert device.cli(["--device", "cuda:99"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("device.py: no device 'cuda:99' here") and error.count("\n") == 1
 

@@ -47,6 +47,32 @@ def test_a_picture_gets_its_top_classes_with_percentages(ask, pictures):
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2)
 
 
+@pytest.mark.parametrize("kind", ["file", "picture", "grey picture", "array", "tensor"])
+def test_a_notebook_asks_in_one_line(kind, ask, pictures, colour_run):
+    path = pictures / "a.png"
+    image = {
+        "file": path,
+        "picture": Image.open(path).convert("RGBA"),
+        "grey picture": Image.open(path).convert("L"),
+        "array": np.asarray(Image.open(path)),
+        "tensor": torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1),
+    }[kind]
+    guesses = predict.classify(image, model.load(colour_run / "best.pt"), top_k=2)
+    assert len(guesses) == 2 and guesses[0][1] > guesses[1][1]
+    if kind != "grey picture":
+        printed = [f"{name} {share:.1%}" for name, share in guesses]
+        assert ask(path, "--top-k", 2)[1] == ["  ".join([str(path), *printed])]
+
+
+def test_a_notebook_gets_errors_that_name_what_is_wanted(pictures, monkeypatch):
+    with pytest.raises(datasets.DataError, match=r"uint8 \(H, W, 3\), not float32 \(32, 32, 3\)"):
+        predict.classify(torch.zeros(3, 32, 32))  # and without a run of one's own, by what is in weights/
+    with pytest.raises(datasets.DataError, match="No such file"):
+        predict.classify("nowhere.png")
+    monkeypatch.chdir(pictures)
+    assert {name for name, _ in predict.classify("a.png", top_k=99)} == set(datasets.CIFAR10_CLASSES)
+
+
 def test_folders_are_searched_and_the_order_is_kept(ask, pictures):
     status, lines, _ = ask(pictures / "b.JPG", pictures, "--top-k", 1)
     assert status == 0
@@ -182,10 +208,7 @@ def test_an_empty_folder_is_named(ask, tmp_path):
     ],
 )
 def test_wrong_calls_end_in_one_line_and_status_2(arguments, message, capsys):
-    try:
-        status = predict.cli(arguments)
-    except SystemExit as stop:
-        status = stop.code
+    status = predict.cli(arguments)
     output = capsys.readouterr()
     assert status == 2 and message in output.err and output.err.count("\n") == 1 and not output.out
 

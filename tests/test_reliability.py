@@ -62,11 +62,7 @@ def started(logs: Path, name: str, *flags: str) -> int:
 
 
 def resumed(logs: Path, *flags: str) -> int:
-    """As from the command line: also where parsing ends the process."""
-    try:
-        return train.cli(["--resume", *flags, "--log-dir", str(logs)])
-    except SystemExit as stop:
-        return stop.code
+    return train.cli(["--resume", *flags, "--log-dir", str(logs)])
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +231,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
     ],
 )
 def test_what_would_break_the_meaning_is_refused_by_name(flags, message, two_epochs, capsys):
-    try:
-        status = train.cli(["--resume", str(two_epochs), *flags.split()])
-    except SystemExit as stop:
-        status = stop.code
+    status = train.cli(["--resume", str(two_epochs), *flags.split()])
     out, err = capsys.readouterr()
     assert status == 2 and f"train.py: {message}" in err and err.count("\n") == 1 and not out
     assert not (two_epochs / "run.lock").exists()

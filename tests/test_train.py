@@ -2,6 +2,7 @@ import io
 import json
 import math
 import re
+import sys
 import tomllib
 from dataclasses import replace
 
@@ -124,6 +125,34 @@ def test_what_is_printed(tmp_path, capsys):
     assert re.fullmatch(r"most mistaken: (\w+ taken for \w+ \d+ %(, )?){3}", out[3])
     assert out[4] == f'python predict.py YOUR_PICTURE --checkpoint "{best}"' and best.exists()
     assert out[5] == f'tensorboard --logdir "{tmp_path / "my logs"}"'
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bar_line_file_and_tensorboard_have_the_same_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    flags = "--data shapes --limit 480 --batch-size 2 --epochs 2 --device cpu --no-views --run-name a --log-dir".split()
+    assert train.cli([*flags, str(tmp_path)]) == 0
+    curve = {event.step: event.value for event in events(tmp_path / "a").Scalars("loss/train")}
+    on_bar = re.findall(r"epoch 1/2: [^\r]*, loss ([0-9.]+), run 0:00:\d\d left", terminal.getvalue())
+    assert on_bar and float(on_bar[0]) == pytest.approx(curve[100], abs=6e-4)
+    for text, line in zip(capsys.readouterr().out.splitlines(), metrics(tmp_path / "a"), strict=False):
+        printed = [float(number) for number in re.findall(r"(?:loss|acc) ([0-9.]+)", text)]
+        values = [line["train_loss"], 100 * line["train_accuracy"], line["test_loss"], 100 * line["test_accuracy"]]
+        assert printed == [round(value, 3 - 2 * (place % 2)) for place, value in enumerate(values)]
+        assert curve[line["step"]] == pytest.approx(line["train_loss"], abs=1e-4)
+
+
+def test_a_quiet_run_says_nothing_but_its_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    assert train.cli([*QUICK, "--quiet", "--log-dir", str(tmp_path)]) == 0
+    assert terminal.getvalue() == "" and capsys.readouterr().out.startswith("epoch 1/1")
+    assert train.cli([*QUICK, "--quiet", "--data", "nowhere", "--log-dir", str(tmp_path)]) == 1
+    assert terminal.getvalue().startswith("train.py: no data 'nowhere'")
 
 
 # ---- repeating ----
@@ -368,10 +397,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("flags", "message"), MISTAKES)
 def test_a_wrong_call_ends_in_one_line_and_status_2(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = train.cli(flags.split())
-    except SystemExit as stop:
-        status = stop.code
+    status = train.cli(flags.split())
     output = capsys.readouterr()
     assert status == 2 and message in output.err and output.err.count("\n") == 1 and not output.out
     assert output.err.startswith("train.py: ") and not list(tmp_path.iterdir())
@@ -403,10 +429,9 @@ def test_a_wrong_call_ends_in_one_line_and_status_2(flags, message, tmp_path, mo
 def test_a_wrong_config_file_is_named_with_its_key(content, message, tmp_path, capsys):
     path = tmp_path / "my.toml"
     path.write_text(content)
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--config", str(path)])
+    status = train.cli(["--config", str(path)])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and f"train.py: {path}: {message}" in error and error.count("\n") == 1
+    assert status == 2 and f"train.py: {path}: {message}" in error and error.count("\n") == 1
 
 
 def test_flags_overrule_the_config_file(tmp_path):

@@ -1,0 +1,203 @@
+"""What the pages say works: every command and snippet of README, on small data.
+
+Commands run in one folder, page by page, as a reader would type them; where they train, it is on 60 pictures.
+"""
+
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import datasets
+import device
+import model
+import predict
+import train
+
+PAGES = ["README.md"]
+SCRIPTS = {"device.py": device, "datasets.py": datasets, "model.py": model, "train.py": train, "predict.py": predict}
+SMALL = {"train.py": "--limit 60 --epochs 1 --batch-size 20 --device cpu --no-views", "datasets.py": "--limit 60"}
+REPLACED = {"cifar10": "shapes", "data/cifar10": "photos", "data/ants_bees": "photos", "resnet18": "squeezenet1_1"}
+PLACE = re.compile(r"\s*# (\w+\.py), .*?(above|below) `(.+)`\n")  # the first line of code to put somewhere
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page: language and content."""
+    return re.findall(r"(?ms)^```(\w*)\n(.*?)^```", text(page))
+
+
+def commands(page: str) -> list[str]:
+    """What a page tells to type, in its order: behind a $, or as code in a line that begins with a command."""
+    page_text = re.sub(r" \\\n +", " ", text(page))
+    typed = r"(?m)^\$ (.+)$|`((?:python|pip|torchrun|tensorboard) [^`]+)`|^(pip install -r .+)$"
+    found = re.finditer(typed, page_text)
+    return list(dict.fromkeys(" ".join(next(filter(None, match.groups())).split()) for match in found))
+
+
+def snippets(page: str) -> list[str]:
+    """The Python of a page."""
+    return [content for language, content in blocks(page) if language == "python"]
+
+
+ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """Where the commands are typed: what a clone has, photographs of shapes, and weights as if they were downloaded."""
+    desk = tmp_path_factory.mktemp("desk")
+    for name in ("configs", "docs", "benchmarks"):
+        shutil.copytree(ROOT / name, desk / name)
+    pictures = datasets.shapes("train", 60)
+    for place, (image, label) in enumerate(zip(pictures.images, pictures.labels.tolist(), strict=True)):
+        folder = desk / "photos" / ("train" if place % 3 else "test") / datasets.SHAPES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{place}.png")
+    for name in ("dog.png", "new.jpg"):
+        shutil.copy(next((desk / "photos" / "test").glob("*/*.png")), desk / name)
+    hub = desk / "torch" / "hub" / "checkpoints"
+    hub.mkdir(parents=True)
+    torch.save(model.create("squeezenet1_1", {"classes": 1000}).state_dict(), hub / "squeezenet1_1-b8a52dc0.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(desk)
+        patch.setenv("TORCH_HOME", str(desk / "torch"))
+        yield desk
+
+
+def unfinished(desk: Path) -> None:
+    """Leave a run as one that was killed in its second epoch."""
+    shutil.rmtree(desk / "logs" / "unfinished", ignore_errors=True)
+    flags = f"--data shapes {SMALL['train.py']} --epochs 2 --run-name unfinished".split()
+    assert train.cli(flags) == 0
+    (desk / "logs" / "unfinished" / "epoch_002.pt").unlink()
+
+
+def run(command: str, desk: Path) -> None:
+    """Type a command, on small data."""
+    words = shlex.split(command.partition(" > ")[0])
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        args = get_args_parser().parse_args(words[1:])
+        words = ["python", args.training_script, *args.training_script_args]
+    if words[0] in ("pip", "tensorboard") or words[1] == "-m" or words[1].startswith("benchmarks/"):
+        checked(words, desk)
+        return
+    script, words = words[1], [REPLACED.get(word, word) for word in words[2:]]
+    words += [] if "--resume" in words else SMALL.get(script, "").split()
+    if "--resume" in words:
+        words = ["2" if before == "--epochs" else word for before, word in itertools.pairwise(["", *words])]
+        if command.endswith("--resume"):  # the newest unfinished one
+            unfinished(desk)
+    elif script in ("train.py", "datasets.py") and not {"--data", "--help"} & {*words}:
+        words += ["--data", "photos" if "ants_bees" in command else "shapes"]
+    try:
+        status = SCRIPTS[script].cli(words)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 0, command
+
+
+def checked(words: list[str], desk: Path) -> None:
+    """What cannot be typed in a test (to install, serve, test, measure for minutes): its files and flags exist."""
+    flags = [f'"{word}"' for word in words if word.startswith("--")]
+    if words[0] == "tensorboard":
+        from tensorboard import program
+
+        board = program.TensorBoard()
+        board.configure([None, *words[1:], "--inspect"])
+        assert board.flags.logdir == "logs" and list((desk / "logs").glob("*/events.*"))
+    elif words[0] == "pip":
+        assert words[:2] == ["pip", "install"] and ("-r" not in words or (ROOT / words[3]).is_file())
+    elif words[1] == "-m":
+        assert words[2] == "pytest" and all(flag in text("tests/conftest.py") for flag in flags)
+    else:
+        assert all(flag in text(words[1]) for flag in flags)
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_every_command(command, desk, capsys):
+    if any(name in command for name in CHANGED):
+        pytest.skip("of a change: test_the_four_changes runs it")
+    for part in command.split(" && "):
+        run(part, desk)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_snippet(page, desk, capsys):
+    names = {}
+    for code in snippets(page):
+        if not PLACE.match(code):
+            exec(compile(code, page, "exec"), names)
+
+
+OTHERS = ["CONTRIBUTING.md", "docs/scaling.md", "docs/reliability.md", "docs/security.md", "benchmarks/README.md"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+def test_every_link_leads_somewhere(page):
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text(page)) if "://" not in link]
+    missing = [path for path, _, _ in links if path and not (ROOT / page).parent.joinpath(path).exists()]
+    assert not missing
+
+
+# ---- changing it ----
+
+CHANGED = ("--model tiny", "--grey", "--optimizer adamw")
+
+CHECK = """
+import json, sys, torch, datasets, model, train
+flags = sys.argv[1:]
+assert train.cli([*flags, "--run-name", "a"]) == 0
+lines = [json.loads(line) for line in open("logs/a/metrics.jsonl")]
+assert lines[-1]["train_loss"] < lines[0]["train_loss"] and lines[-1]["test_top3"] >= lines[-1]["test_accuracy"] > 0
+before = torch.load("logs/a/epoch_003.pt", weights_only=True)
+assert before["model"]["name"] == "tiny" and "exp_avg" in before["training"]["optimizer"]["state"][0]
+import pathlib
+pathlib.Path("logs/a/epoch_003.pt").unlink()
+assert train.cli(["--resume", "a"]) == 0
+after = torch.load("logs/a/epoch_003.pt", weights_only=True)
+assert all(torch.equal(value, after["state_dict"][name]) for name, value in before["state_dict"].items())
+[pictures] = datasets.load("shapes", limit=200, splits=["train"])
+images, _ = next(pictures.batches(200, augment=datasets.Augment(grey=0.5)))
+grey = (images * torch.tensor(pictures.std).view(1, 3, 1, 1) + torch.tensor(pictures.mean).view(1, 3, 1, 1)).std(1)
+assert 60 < (grey.amax((1, 2)) < 1e-3).sum() < 140
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+assert len(EventAccumulator("logs/a").Reload().Scalars("top3/test")) >= 3
+"""
+
+
+def test_the_four_changes(tmp_path):
+    """README's snippets, put where they say into a copy of the scripts: one file and at most 15 lines each."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    files = []
+    for code in filter(PLACE.match, snippets("README.md")):
+        file, side, anchor = PLACE.match(code).groups()
+        lines, new = (tmp_path / file).read_text().splitlines(), code.splitlines()[1:]
+        place = next(number for number, line in enumerate(lines) if anchor in line) + (side == "below")
+        lines[place:place] = new if side == "above" else ["", "", *new]
+        (tmp_path / file).write_text("\n".join(lines) + "\n")
+        assert len(new) <= 15
+        files.append(file)
+    assert files == ["model.py", "datasets.py", "datasets.py", "train.py", "model.py"]
+    flags = "--config configs/shapes.toml --limit 200 --epochs 3 --lr 0.003 --quiet".split()
+    flags += "--model tiny --grey 0.5 --optimizer adamw".split()
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""What the pages say works: every command and snippet of README, on small data.
+"""What the pages say works: every command and snippet of README and the tour, on small data.
 
 Commands run in one folder, page by page, as a reader would type them; where they train, it is on 60 pictures.
 """
@@ -22,7 +22,7 @@ import model
 import predict
 import train
 
-PAGES = ["README.md"]
+PAGES = ["README.md", "docs/tour.md"]
 SCRIPTS = {"device.py": device, "datasets.py": datasets, "model.py": model, "train.py": train, "predict.py": predict}
 SMALL = {"train.py": "--limit 60 --epochs 1 --batch-size 20 --device cpu --no-views", "datasets.py": "--limit 60"}
 REPLACED = {"cifar10": "shapes", "data/cifar10": "photos", "data/ants_bees": "photos", "resnet18": "squeezenet1_1"}
@@ -152,6 +152,18 @@ def test_every_link_leads_somewhere(page):
     links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text(page)) if "://" not in link]
     missing = [path for path, _, _ in links if path and not (ROOT / page).parent.joinpath(path).exists()]
     assert not missing
+
+
+def test_the_lines_to_read_are_there():
+    """A paragraph that begins with `Read:` names what a file defines, in back ticks, and then the file."""
+    paragraphs = [part for part in text("docs/tour.md").split("\n\n") if part.startswith("Read:")]
+    assert len(paragraphs) == text("docs/tour.md").count("\n## ")
+    for paragraph in paragraphs:
+        for names, file in re.findall(r"((?:`[\w.]+`,? (?:in )?)+)\[[^]]+\]\(\.\./([\w.]+)\)", paragraph):
+            for name in re.findall("`(?:\\w+\\.)?(\\w+)`", names):
+                assert re.search(rf"(?m)^ *(?:(?:def|class) {name}\b|{name} = )", text(file)), (
+                    f"{name} is not in {file}"
+                )
 
 
 # ---- changing it ----

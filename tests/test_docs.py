@@ -23,6 +23,7 @@ import predict
 import train
 
 PAGES = ["README.md", "docs/tour.md"]
+TWINS = {"README.md": "README.zh.md", "docs/tour.md": "docs/tour.zh.md"}
 SCRIPTS = {"device.py": device, "datasets.py": datasets, "model.py": model, "train.py": train, "predict.py": predict}
 SMALL = {"train.py": "--limit 60 --epochs 1 --batch-size 20 --device cpu --no-views", "datasets.py": "--limit 60"}
 REPLACED = {"cifar10": "shapes", "data/cifar10": "photos", "data/ants_bees": "photos", "resnet18": "squeezenet1_1"}
@@ -144,10 +145,18 @@ def test_every_snippet(page, desk, capsys):
             exec(compile(code, page, "exec"), names)
 
 
+@pytest.mark.parametrize(("page", "twin"), TWINS.items())
+def test_the_chinese_pages_say_the_same(page, twin):
+    assert commands(twin) == commands(page)
+    code, code_of_twin = ([block for block in blocks(of) if block[0] or "$ " in block[1]] for of in (page, twin))
+    assert code_of_twin == code
+    assert len(re.findall("(?m)^#+ ", text(twin))) == len(re.findall("(?m)^#+ ", text(page)))
+
+
 OTHERS = ["CONTRIBUTING.md", "docs/scaling.md", "docs/reliability.md", "docs/security.md", "benchmarks/README.md"]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+@pytest.mark.parametrize("page", [*PAGES, *TWINS.values(), *OTHERS])
 def test_every_link_leads_somewhere(page):
     links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text(page)) if "://" not in link]
     missing = [path for path, _, _ in links if path and not (ROOT / page).parent.joinpath(path).exists()]

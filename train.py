@@ -76,7 +76,7 @@ class TrainingError(Problem):
     """Training cannot go on."""
 
 
-# ---- optimizers ----------------------------------------------------------------------------------------------------
+# ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.SGD):
@@ -138,7 +138,7 @@ def muon(groups: list[dict], config: "Config", precision: torch.dtype, fused: bo
 OPTIMIZERS = {"sgd": sgd, "muon": muon}
 
 
-# ---- configuration -------------------------------------------------------------------------------------------------
+# ---- configuration ---------------------------------------------------------------------------------------------------
 
 
 def bad_freeze(value: str) -> str | None:
@@ -263,6 +263,11 @@ class Config(datasets.Augment):
     )
 
 
+def settings() -> list[Field]:
+    """The keys of Config, in the order of `--help` and of config files."""
+    return sorted(fields(Config), key=lambda key: GROUPS.index(key.metadata["group"]))
+
+
 def parse(argv: list[str] | None) -> tuple[Config, dict, str | None]:
     """The config file's settings, overruled by the flags; the flags alone; and what `--resume` names (None without).
 
@@ -323,11 +328,6 @@ def checked(values: dict, called: Callable[[str], str]) -> dict:
     return values
 
 
-def settings() -> list[Field]:
-    """The keys of Config, in the order of `--help` and of config files."""
-    return sorted(fields(Config), key=lambda key: GROUPS.index(key.metadata["group"]))
-
-
 def check_together(config: Config) -> None:
     """Raises ConfigError for settings that are right alone and wrong together."""
     if bool(config.mean) != bool(config.std):
@@ -342,47 +342,6 @@ def check_together(config: Config) -> None:
         raise ConfigError("--backbone-lr: with --freeze all nothing but the head trains; add --backbone-lr 0")
     if config.model == "cifar_quick" and config.batch_norm and config.batch_size == 1 and config.freeze != "all":
         raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
-
-
-def begin(run: "Run", config: Config, given: dict, resume: str | None, group: Group) -> tuple[Config, dict | None]:
-    """The settings of a new run, or of the one that `run` becomes; in the first process, the weights to start from too.
-
-    The first process decides for all. Raises ConfigError, and what `resolve` raises.
-    """
-    trained = None
-    if group.rank == 0:
-        if job := group.job():
-            called = repr((job, config, given, resume)).encode()
-            run.job = hashlib.md5(called, usedforsecurity=False).hexdigest()
-        if own := run_of_job(run.job, given.get("log_dir", config.log_dir)):
-            resume, given = str(own), {}
-        if resume is not None:
-            reopen(run, find_run(resume, given.get("log_dir", config.log_dir), given))
-            config = resumed_config(run, given)
-            check_together(config)
-        elif config.run_name:
-            check_name(config)
-        if config.batch_size < group.count * config.accumulate:
-            raise ConfigError(
-                f"--batch-size {config.batch_size}: that is less than a picture for each of {group.count} processes"
-                + (f" in {config.accumulate} pieces (--accumulate)" if config.accumulate > 1 else "")
-            )
-        if not run.checkpoint:
-            config, trained = resolve(config)
-    known = {key: value for key, value in run.checkpoint.items() if key != "state_dict"}
-    of_run = {name: getattr(run, name) for name in RESUMED}
-    config, run.checkpoint, of_run = group.of_first(lambda: (config, known, of_run))
-    for name, value in of_run.items():
-        setattr(run, name, value)
-    return config, trained
-
-
-def check_name(config: Config) -> None:
-    """Raises ConfigError if there is a run of this name already."""
-    folder = Path(config.log_dir) / config.run_name
-    if folder.exists() and not (folder.is_dir() and is_empty(folder)):
-        hint = f"; --resume {quoted(folder)} goes on with it" if (folder / "config.toml").exists() else ""
-        raise ConfigError(f"--run-name {config.run_name}: {folder} exists already{hint}")
 
 
 def resolve(config: Config) -> tuple[Config, dict | None]:
@@ -423,7 +382,133 @@ def as_toml(config: Config) -> str:
     return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
 
 
-# ---- training ------------------------------------------------------------------------------------------------------
+# ---- data and network ------------------------------------------------------------------------------------------------
+
+
+def load_data(config: Config, device: torch.device, group: Group = Group()) -> list[datasets.Pictures]:  # noqa: B008
+    """The training and the test set; with `val_fraction`, training, validation (held out of training) and test."""
+    names = ("data", "data_dir", "image_size", "resize", "interpolation", "limit", "mean", "std", "data_url")
+    names += ("val_fraction", "strict", "workers", "memory_share")
+    how = {name: getattr(config, name) for name in names}
+    train_set, test_set = datasets.load(device=device, group=group, **how)
+    if not config.val_fraction or test_set.split == "val":  # a folder without train/ was split by val_fraction already
+        return [train_set, test_set]
+    return [*train_set.hold_out(config.val_fraction, config.seed), test_set]
+
+
+def augmentation(config: Config) -> datasets.Augment | None:
+    """The random changes of training pictures; None where there are none."""
+    augment = datasets.Augment(**{key.name: getattr(config, key.name) for key in fields(datasets.Augment)})
+    return augment if augment != datasets.Augment() else None
+
+
+def network_options(config: Config, classes: int, trained: dict | None = None) -> dict:
+    """What the network's constructor gets; stored in the checkpoint, from which it is built again."""
+    append = trained["model"]["options"].get("append", 0) if trained else 0
+    if config.head == "append" and append:
+        raise ConfigError(f"--head append: {config.weights} has an appended layer already; add --head replace")
+    if config.head == "append":
+        append = len(trained["classes"]) if trained else 1000
+    settings = {name: getattr(config, name) for name in model.SETTINGS}
+    return model.network_options(config.model, classes, config.image_size, append, **settings)
+
+
+def check_network(config: Config, trained: dict | None, run: "Run", group: Group) -> None:
+    """Raises NetworkError for a network that cannot train so, before the data are read."""
+    if not run.checkpoint and group.rank == 0:
+        model.check(config.model, network_options(config, 2, trained), config.batch_size, config.freeze != "all")
+
+
+def make_network(
+    config: Config, train_set: datasets.Pictures, trained: dict | None, run: "Run", group: Group
+) -> tuple[nn.Module, list[str], dict]:
+    """The network, as the run left it or with its first weights, frozen where `config` says so; the names of its
+    head's weights; and its options. All processes get the first one's.
+
+    Raises NetworkError or CheckpointError.
+    """
+    if run.checkpoint:
+        options = run.checkpoint["model"]["options"]
+    else:
+        options = group.of_first(lambda: network_options(config, len(train_set.classes), trained))
+    head = model.head_keys(config.model, options)
+    if run.network:
+        network = run.network
+    elif group.rank or run.checkpoint:
+        network = model.create(config.model, options)
+    else:
+        seed(config.seed)
+        network = build(config, options, train_set.classes, trained, head)
+        if config.whiten and not trained:
+            images, _ = look(train_set, torch.arange(min(train_set.evaluation_batch, len(train_set))))[:2]
+            model.whiten(network, images)
+    group.spread(network.state_dict().values())
+    if config.freeze != "0":
+        model.freeze(network, head, None if config.freeze == "all" else int(config.freeze))
+    return network, head, options
+
+
+def build(config: Config, options: dict, classes: list[str], trained: dict | None, head: list[str]) -> nn.Module:
+    """A new network with its trained weights, if there are any."""
+    network = model.create(config.model, options)
+    if trained:
+        append, same_classes = config.head == "append", trained["classes"] == classes
+        new = () if append or (config.head == "auto" and same_classes) else head
+        source = f"{config.weights} (trained on {trained['image_size']} x {trained['image_size']} pixels)"
+        model.transfer(network.network if append else network, trained["state_dict"], new, source)
+    return network
+
+
+def what_trains(
+    network: nn.Module,
+    head: list[str],
+    sets: list[datasets.Pictures],
+    config: Config,
+    precision: torch.dtype,
+    group: Group,
+) -> tuple[nn.Module, list[datasets.Pictures]]:
+    """What an epoch trains, and on what: the network on pictures; of a frozen one the head, on features if it can."""
+    if config.freeze != "all":
+        return network, sets
+    head_only = model.HeadOnly(network, head, config.image_size)
+    if augmentation(config):
+        return head_only, sets
+    if config.tta != "none":
+        note(config, "features are computed anew every epoch; --tta none would compute them once")
+    elif features := as_features(sets, head_only, config, precision, group):
+        return head_only.tail, features
+    return head_only, sets
+
+
+def as_features(
+    sets: list[datasets.Pictures], frozen: model.HeadOnly, config: Config, precision: torch.dtype, group: Group
+) -> list[datasets.Features] | None:
+    """What the frozen part makes of all pictures, computed once, by each process of a share of them; None where it does
+    not fit into memory."""
+    device, found, start = sets[0].labels.device, [], time.perf_counter()
+    with bar("features", sum(map(len, sets)), "pictures") as progress:
+        for pictures in sets:
+            features, (at_once, places) = None, pictures.evaluation_parts(group)
+            for images, labels in pictures.batches(at_once, group=group):
+                with autocast(device, precision):
+                    batch = frozen.features(images).float()
+                copies = group.local_count if device.type == "cpu" else 1
+                size = copies * batch[:1].nbytes * progress.total if len(batch) else 0
+                fits = size <= config.memory_share * datasets.free_memory(device)
+                if features is None and not found and not all(group.gather(fits)):
+                    note(config, f"features would take {size / 1e6:,.1f} MB: computed anew every epoch")
+                    return None
+                features = batch.new_zeros(len(pictures), *batch.shape[1:]) if features is None else features
+                own, places = places.split([len(labels), len(places) - len(labels)])
+                features[own.to(device)] = batch
+                progress.update(len(labels) * group.count)
+            group.sum(features)
+            found.append(datasets.Features(features, pictures.labels, pictures.classes, pictures.split))
+    note(config, f"features computed once, in {time.perf_counter() - start:.1f} s")
+    return found
+
+
+# ---- time, and who may stop a run ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -490,6 +575,9 @@ class Votes:
     def check(self) -> None:
         if self.asked()[0]:
             raise Interrupted
+
+
+# ---- a training step -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -736,161 +824,7 @@ def in_group(network: nn.Module, config: Config, device: torch.device) -> nn.Mod
     )
 
 
-def load_data(config: Config, device: torch.device, group: Group = Group()) -> list[datasets.Pictures]:  # noqa: B008
-    """The training and the test set; with `val_fraction`, training, validation (held out of training) and test."""
-    names = ("data", "data_dir", "image_size", "resize", "interpolation", "limit", "mean", "std", "data_url")
-    names += ("val_fraction", "strict", "workers", "memory_share")
-    how = {name: getattr(config, name) for name in names}
-    train_set, test_set = datasets.load(device=device, group=group, **how)
-    if not config.val_fraction or test_set.split == "val":  # a folder without train/ was split by val_fraction already
-        return [train_set, test_set]
-    return [*train_set.hold_out(config.val_fraction, config.seed), test_set]
-
-
-def network_options(config: Config, classes: int, trained: dict | None = None) -> dict:
-    """What the network's constructor gets; stored in the checkpoint, from which it is built again."""
-    append = trained["model"]["options"].get("append", 0) if trained else 0
-    if config.head == "append" and append:
-        raise ConfigError(f"--head append: {config.weights} has an appended layer already; add --head replace")
-    if config.head == "append":
-        append = len(trained["classes"]) if trained else 1000
-    settings = {name: getattr(config, name) for name in model.SETTINGS}
-    return model.network_options(config.model, classes, config.image_size, append, **settings)
-
-
-def check_network(config: Config, trained: dict | None, run: "Run", group: Group) -> None:
-    """Raises NetworkError for a network that cannot train so, before the data are read."""
-    if not run.checkpoint and group.rank == 0:
-        model.check(config.model, network_options(config, 2, trained), config.batch_size, config.freeze != "all")
-
-
-def make_network(
-    config: Config, train_set: datasets.Pictures, trained: dict | None, run: "Run", group: Group
-) -> tuple[nn.Module, list[str], dict]:
-    """The network, as the run left it or with its first weights, frozen where `config` says so; the names of its
-    head's weights; and its options. All processes get the first one's.
-
-    Raises NetworkError or CheckpointError.
-    """
-    if run.checkpoint:
-        options = run.checkpoint["model"]["options"]
-    else:
-        options = group.of_first(lambda: network_options(config, len(train_set.classes), trained))
-    head = model.head_keys(config.model, options)
-    if run.network:
-        network = run.network
-    elif group.rank or run.checkpoint:
-        network = model.create(config.model, options)
-    else:
-        seed(config.seed)
-        network = build(config, options, train_set.classes, trained, head)
-        if config.whiten and not trained:
-            images, _ = look(train_set, torch.arange(min(train_set.evaluation_batch, len(train_set))))[:2]
-            model.whiten(network, images)
-    group.spread(network.state_dict().values())
-    if config.freeze != "0":
-        model.freeze(network, head, None if config.freeze == "all" else int(config.freeze))
-    return network, head, options
-
-
-def build(config: Config, options: dict, classes: list[str], trained: dict | None, head: list[str]) -> nn.Module:
-    """A new network with its trained weights, if there are any."""
-    network = model.create(config.model, options)
-    if trained:
-        append, same_classes = config.head == "append", trained["classes"] == classes
-        new = () if append or (config.head == "auto" and same_classes) else head
-        source = f"{config.weights} (trained on {trained['image_size']} x {trained['image_size']} pixels)"
-        model.transfer(network.network if append else network, trained["state_dict"], new, source)
-    return network
-
-
-def augmentation(config: Config) -> datasets.Augment | None:
-    """The random changes of training pictures; None where there are none."""
-    augment = datasets.Augment(**{key.name: getattr(config, key.name) for key in fields(datasets.Augment)})
-    return augment if augment != datasets.Augment() else None
-
-
-def training_batches(
-    train_set: datasets.Pictures, config: Config, epoch: int, keep: Tensor | None, skip: int, group: Group
-) -> Iterator[tuple[Tensor, Tensor]]:
-    how = config.batch_size, config.shuffle, augmentation(config), config.seed, epoch
-    return train_set.batches(*how, keep, skip, group, config.accumulate)
-
-
-def as_features(
-    sets: list[datasets.Pictures], frozen: model.HeadOnly, config: Config, precision: torch.dtype, group: Group
-) -> list[datasets.Features] | None:
-    """What the frozen part makes of all pictures, computed once, by each process of a share of them; None where it does
-    not fit into memory."""
-    device, found, start = sets[0].labels.device, [], time.perf_counter()
-    with bar("features", sum(map(len, sets)), "pictures") as progress:
-        for pictures in sets:
-            features, (at_once, places) = None, pictures.evaluation_parts(group)
-            for images, labels in pictures.batches(at_once, group=group):
-                with autocast(device, precision):
-                    batch = frozen.features(images).float()
-                copies = group.local_count if device.type == "cpu" else 1
-                size = copies * batch[:1].nbytes * progress.total if len(batch) else 0
-                fits = size <= config.memory_share * datasets.free_memory(device)
-                if features is None and not found and not all(group.gather(fits)):
-                    note(config, f"features would take {size / 1e6:,.1f} MB: computed anew every epoch")
-                    return None
-                features = batch.new_zeros(len(pictures), *batch.shape[1:]) if features is None else features
-                own, places = places.split([len(labels), len(places) - len(labels)])
-                features[own.to(device)] = batch
-                progress.update(len(labels) * group.count)
-            group.sum(features)
-            found.append(datasets.Features(features, pictures.labels, pictures.classes, pictures.split))
-    note(config, f"features computed once, in {time.perf_counter() - start:.1f} s")
-    return found
-
-
-def what_trains(
-    network: nn.Module,
-    head: list[str],
-    sets: list[datasets.Pictures],
-    config: Config,
-    precision: torch.dtype,
-    group: Group,
-) -> tuple[nn.Module, list[datasets.Pictures]]:
-    """What an epoch trains, and on what: the network on pictures; of a frozen one the head, on features if it can."""
-    if config.freeze != "all":
-        return network, sets
-    head_only = model.HeadOnly(network, head, config.image_size)
-    if augmentation(config):
-        return head_only, sets
-    if config.tta != "none":
-        note(config, "features are computed anew every epoch; --tta none would compute them once")
-    elif features := as_features(sets, head_only, config, precision, group):
-        return head_only.tail, features
-    return head_only, sets
-
-
-def hardest(trainer: Trainer, config: Config, epoch: int) -> Tensor | None:
-    """Which pictures an epoch trains on, bool `(N,)`: all (None) in the first half of the run, then `config.hardest`.
-
-    These are the ones of whose class the network was least sure when it last saw them: the others teach it little by
-    then (after Jordan 2024, arxiv.org/abs/2404.00498, section 5, where a small network chooses).
-    """
-    if config.hardest == 1 or epoch <= math.ceil(config.epochs / 2):
-        return None
-    count = kept(len(trainer.shares), config, epoch)
-    keep = torch.zeros(len(trainer.shares), dtype=torch.bool, device=trainer.device)
-    keep[trainer.shares.topk(count, largest=False).indices] = True
-    return keep
-
-
-def kept(pictures: int, config: Config, epoch: int) -> int:
-    """How many of the training pictures an epoch trains on."""
-    return pictures if epoch <= math.ceil(config.epochs / 2) else max(2, round(config.hardest * pictures))
-
-
-def all_steps(history: list[dict], pictures: int, config: Config) -> int:
-    """The steps of a run: those of its finished epochs, and those to come."""
-    middle = math.ceil(config.epochs / 2)
-    on_all, on_hardest = max(0, middle - len(history)), config.epochs - max(middle, len(history))
-    first, last = (len(datasets.cuts(kept(pictures, config, at), config.batch_size)) for at in (middle, middle + 1))
-    return (history[-1]["step"] if history else 0) + on_all * first + max(0, on_hardest) * last
+# ---- an epoch --------------------------------------------------------------------------------------------------------
 
 
 def train_epoch(
@@ -964,21 +898,44 @@ def train_epoch(
     }
 
 
+def training_batches(
+    train_set: datasets.Pictures, config: Config, epoch: int, keep: Tensor | None, skip: int, group: Group
+) -> Iterator[tuple[Tensor, Tensor]]:
+    how = config.batch_size, config.shuffle, augmentation(config), config.seed, epoch
+    return train_set.batches(*how, keep, skip, group, config.accumulate)
+
+
 def new_sums(trainer: Trainer, pictures: int, config: Config) -> Sums:
     """Those of an epoch that begins."""
     shares = torch.zeros(pictures, device=trainer.device) if config.hardest < 1 else None
     return Sums(torch.zeros((), dtype=torch.int64, device=trainer.device), shares)
 
 
-def evaluation_seconds(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> float:
-    """About how long an evaluation takes, by its second batch."""
-    seconds = 0.0
-    for batch in itertools.islice(pictures.batches(pictures.evaluation_batch), 2):
-        start = time.perf_counter()
-        with autocast(trainer.device, trainer.precision):
-            model.outputs(trainer.trains, [batch], config.tta)[0].sum().item()
-        seconds = time.perf_counter() - start
-    return seconds * len(pictures) / min(len(pictures), pictures.evaluation_batch) / trainer.group.count
+def hardest(trainer: Trainer, config: Config, epoch: int) -> Tensor | None:
+    """Which pictures an epoch trains on, bool `(N,)`: all (None) in the first half of the run, then `config.hardest`.
+
+    These are the ones of whose class the network was least sure when it last saw them: the others teach it little by
+    then (after Jordan 2024, arxiv.org/abs/2404.00498, section 5, where a small network chooses).
+    """
+    if config.hardest == 1 or epoch <= math.ceil(config.epochs / 2):
+        return None
+    count = kept(len(trainer.shares), config, epoch)
+    keep = torch.zeros(len(trainer.shares), dtype=torch.bool, device=trainer.device)
+    keep[trainer.shares.topk(count, largest=False).indices] = True
+    return keep
+
+
+def kept(pictures: int, config: Config, epoch: int) -> int:
+    """How many of the training pictures an epoch trains on."""
+    return pictures if epoch <= math.ceil(config.epochs / 2) else max(2, round(config.hardest * pictures))
+
+
+def all_steps(history: list[dict], pictures: int, config: Config) -> int:
+    """The steps of a run: those of its finished epochs, and those to come."""
+    middle = math.ceil(config.epochs / 2)
+    on_all, on_hardest = max(0, middle - len(history)), config.epochs - max(middle, len(history))
+    first, last = (len(datasets.cuts(kept(pictures, config, at), config.batch_size)) for at in (middle, middle + 1))
+    return (history[-1]["step"] if history else 0) + on_all * first + max(0, on_hardest) * last
 
 
 def evaluate(
@@ -998,7 +955,18 @@ def evaluate(
     return metrics, model.probabilities(logits, config.loss), labels
 
 
-# ---- the run folder ------------------------------------------------------------------------------------------------
+def evaluation_seconds(trainer: Trainer, pictures: datasets.Pictures, config: Config) -> float:
+    """About how long an evaluation takes, by its second batch."""
+    seconds = 0.0
+    for batch in itertools.islice(pictures.batches(pictures.evaluation_batch), 2):
+        start = time.perf_counter()
+        with autocast(trainer.device, trainer.precision):
+            model.outputs(trainer.trains, [batch], config.tta)[0].sum().item()
+        seconds = time.perf_counter() - start
+    return seconds * len(pictures) / min(len(pictures), pictures.evaluation_batch) / trainer.group.count
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
 
 
 RESUMED = ("history", "trained", "mistakes", "pictures")  # what of a Run its checkpoints hold
@@ -1076,10 +1044,105 @@ class Run:
         model.write(self.folder / "metrics.jsonl", lines.encode())
 
 
-def remove(path: Path) -> None:
-    """Remove a file, if it is there and nobody (a virus scanner, on Windows) has it open."""
-    with contextlib.suppress(OSError):
-        path.unlink()
+def begin(run: "Run", config: Config, given: dict, resume: str | None, group: Group) -> tuple[Config, dict | None]:
+    """The settings of a new run, or of the one that `run` becomes; in the first process, the weights to start from too.
+
+    The first process decides for all. Raises ConfigError, and what `resolve` raises.
+    """
+    trained = None
+    if group.rank == 0:
+        if job := group.job():
+            called = repr((job, config, given, resume)).encode()
+            run.job = hashlib.md5(called, usedforsecurity=False).hexdigest()
+        if own := run_of_job(run.job, given.get("log_dir", config.log_dir)):
+            resume, given = str(own), {}
+        if resume is not None:
+            reopen(run, find_run(resume, given.get("log_dir", config.log_dir), given))
+            config = resumed_config(run, given)
+            check_together(config)
+        elif config.run_name:
+            check_name(config)
+        if config.batch_size < group.count * config.accumulate:
+            raise ConfigError(
+                f"--batch-size {config.batch_size}: that is less than a picture for each of {group.count} processes"
+                + (f" in {config.accumulate} pieces (--accumulate)" if config.accumulate > 1 else "")
+            )
+        if not run.checkpoint:
+            config, trained = resolve(config)
+    known = {key: value for key, value in run.checkpoint.items() if key != "state_dict"}
+    of_run = {name: getattr(run, name) for name in RESUMED}
+    config, run.checkpoint, of_run = group.of_first(lambda: (config, known, of_run))
+    for name, value in of_run.items():
+        setattr(run, name, value)
+    return config, trained
+
+
+def check_name(config: Config) -> None:
+    """Raises ConfigError if there is a run of this name already."""
+    folder = Path(config.log_dir) / config.run_name
+    if folder.exists() and not (folder.is_dir() and is_empty(folder)):
+        hint = f"; --resume {quoted(folder)} goes on with it" if (folder / "config.toml").exists() else ""
+        raise ConfigError(f"--run-name {config.run_name}: {folder} exists already{hint}")
+
+
+def start(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Config, about: dict) -> None:
+    """Open the run's folder; show what is there before training."""
+    open_folder(run, config, about, trainer.schedule.last_epoch)
+    if not run.network:
+        show_start(run.writer, trainer.network, sets[1].split, config, trainer.device)
+        show(run.writer, trainer.network, sets, 0, 0, config)
+
+
+def open_folder(run: Run, config: Config, about: dict, step: int) -> None:
+    """Make a new run's folder, and open all that is written into it, from after this step on.
+
+    Folders with something in them are left alone. Raises OSError.
+    """
+    again = run.folder is not None
+    if not again:
+        make_folder(run, config)
+    model.write(run.folder / "config.toml", (mark(run.job) + as_toml(config)).encode())
+    run.about, run.writer = about, views.board(run.folder, step + bool(step) if again else None)
+    if again:
+        mend_best(run)
+        run.write_metrics()
+
+
+def make_folder(run: Run, config: Config) -> None:
+    name = config.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model}"
+    Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = Path(config.log_dir) / (name if number == 1 else f"{name}_{number}")
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        with contextlib.suppress(Timeout):  # another run, started in the same second
+            lock.acquire(timeout=0)
+            if is_empty(folder):
+                run.folder, run.lock = folder, lock
+                return
+            lock.release()
+        if config.run_name:
+            raise FileExistsError(errno.EEXIST, "another run has this folder", str(folder))
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is in it but a lock: what a process leaves that is killed before it writes anything."""
+    return {path.name for path in folder.iterdir()} <= {LOCK}
+
+
+def about(config: Config, options: dict, classes: list[str]) -> dict:
+    """The part of a checkpoint that all of a run have in common."""
+    return {
+        "format": model.FORMAT,
+        "model": {"name": config.model, "options": options},
+        "classes": classes,
+        "image_size": config.image_size,
+        "resize": config.resize,
+        "interpolation": config.interpolation,
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "config": stored(config),
+    }
 
 
 def has_ended(history: list[dict], config: Config) -> bool:
@@ -1100,59 +1163,13 @@ def epoch_file(epoch: int) -> str:
     return f"epoch_{epoch:03}.pt"
 
 
-def open_folder(run: Run, config: Config, about: dict, step: int) -> None:
-    """Make a new run's folder, and open all that is written into it, from after this step on.
-
-    Folders with something in them are left alone. Raises OSError.
-    """
-    again = run.folder is not None
-    if not again:
-        make_folder(run, config)
-    model.write(run.folder / "config.toml", (mark(run.job) + as_toml(config)).encode())
-    run.about, run.writer = about, views.board(run.folder, step + bool(step) if again else None)
-    if again:
-        mend_best(run)
-        run.write_metrics()
+def remove(path: Path) -> None:
+    """Remove a file, if it is there and nobody (a virus scanner, on Windows) has it open."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
-def is_empty(folder: Path) -> bool:
-    """Whether nothing is in it but a lock: what a process leaves that is killed before it writes anything."""
-    return {path.name for path in folder.iterdir()} <= {LOCK}
-
-
-def make_folder(run: Run, config: Config) -> None:
-    name = config.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model}"
-    Path(config.log_dir).mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        folder = Path(config.log_dir) / (name if number == 1 else f"{name}_{number}")
-        folder.mkdir(exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        with contextlib.suppress(Timeout):  # another run, started in the same second
-            lock.acquire(timeout=0)
-            if is_empty(folder):
-                run.folder, run.lock = folder, lock
-                return
-            lock.release()
-        if config.run_name:
-            raise FileExistsError(errno.EEXIST, "another run has this folder", str(folder))
-
-
-def mend_best(run: Run) -> None:
-    """Make best.pt anew from its epoch's checkpoint, if the disk had no room for it, or it is gone."""
-    epoch = best_of(run.history)["epoch"] if run.history else 0
-    try:
-        held = model.read(run.folder / "best.pt")["epoch"]
-    except model.CheckpointError:
-        held = 0
-    if held == epoch or held > len(run.history):  # the latter is of an epoch that is done again
-        return
-    try:
-        checkpoint = model.read(run.folder / epoch_file(epoch))
-        run.best = model.packed({key: value for key, value in checkpoint.items() if key != "training"})
-    except model.CheckpointError as error:
-        print(f"train.py: best.pt is not that of epoch {epoch}, and cannot be made anew: {error}", file=sys.stderr)
-        run.unsaved["best.pt"] = f"its checkpoint, {epoch_file(epoch)}, is gone"
-    save_best(run)
+# ---- going on with a run ---------------------------------------------------------------------------------------------
 
 
 def find_run(name: str, log_dir: str, given: dict) -> Path:
@@ -1238,37 +1255,6 @@ def reopen(run: Run, folder: Path) -> None:
         raise model.CheckpointError(f"{folder}: none of its checkpoints can be resumed; {hint}")
 
 
-def go_on(run: Run, trainer: Trainer, train_set: datasets.Pictures, config: Config) -> None:
-    """Bring a resumed run's trainer to where its checkpoint was made, and say where that is.
-
-    Raises CheckpointError where the checkpoint does not fit, DataError where the pictures are others now.
-    """
-    if run.folder and not run.checkpoint:
-        note(config, f"{run.folder}: no checkpoint yet, starts anew")
-    if not run.checkpoint:
-        run.pictures = len(train_set)
-        return
-    training, epochs = run.checkpoint["training"], run.checkpoint["config"]["epochs"]
-    if train_set.classes != run.checkpoint["classes"] or len(train_set) != run.pictures:
-        raise datasets.DataError(f"{config.data}: not the {run.pictures} pictures that the run trained on")
-    try:
-        trainer.load_state_dict(training)
-    except Exception as error:  # a stranger's file can hold anything
-        if type(error) is RuntimeError and trainer.group.count > 1:  # perhaps another process is gone
-            raise
-        raise model.CheckpointError(f"{run.folder}: its training cannot go on: {str(error)[:200]}") from error
-    where = f" at step {trainer.sums.step}" if trainer.sums else " with its evaluation" if run.trained else ""
-    where = "is finished" if has_ended(run.history, config) else f"goes on in epoch {len(run.history) + 1}{where}"
-    note(config, f"{run.folder}: {where}")
-    if epochs != config.epochs:
-        lr = trainer.schedule.get_last_lr()[0]
-        note(
-            config,
-            f"{epochs} -> {config.epochs} epochs: the {config.schedule} schedule now spans all of them, so that the "
-            f"learning rate goes on at {lr:.3g}; a run of {config.epochs} epochs from its start would end elsewhere",
-        )
-
-
 def resumed_config(run: Run, given: dict) -> Config:
     """The run's own config, with what was given anew. Raises ConfigError for what cannot change any more, and
     CheckpointError for a checkpoint without what resuming needs."""
@@ -1337,6 +1323,58 @@ def bad_history(run: Run, config: Config) -> str | None:
     return None
 
 
+def go_on(run: Run, trainer: Trainer, train_set: datasets.Pictures, config: Config) -> None:
+    """Bring a resumed run's trainer to where its checkpoint was made, and say where that is.
+
+    Raises CheckpointError where the checkpoint does not fit, DataError where the pictures are others now.
+    """
+    if run.folder and not run.checkpoint:
+        note(config, f"{run.folder}: no checkpoint yet, starts anew")
+    if not run.checkpoint:
+        run.pictures = len(train_set)
+        return
+    training, epochs = run.checkpoint["training"], run.checkpoint["config"]["epochs"]
+    if train_set.classes != run.checkpoint["classes"] or len(train_set) != run.pictures:
+        raise datasets.DataError(f"{config.data}: not the {run.pictures} pictures that the run trained on")
+    try:
+        trainer.load_state_dict(training)
+    except Exception as error:  # a stranger's file can hold anything
+        if type(error) is RuntimeError and trainer.group.count > 1:  # perhaps another process is gone
+            raise
+        raise model.CheckpointError(f"{run.folder}: its training cannot go on: {str(error)[:200]}") from error
+    where = f" at step {trainer.sums.step}" if trainer.sums else " with its evaluation" if run.trained else ""
+    where = "is finished" if has_ended(run.history, config) else f"goes on in epoch {len(run.history) + 1}{where}"
+    note(config, f"{run.folder}: {where}")
+    if epochs != config.epochs:
+        lr = trainer.schedule.get_last_lr()[0]
+        note(
+            config,
+            f"{epochs} -> {config.epochs} epochs: the {config.schedule} schedule now spans all of them, so that the "
+            f"learning rate goes on at {lr:.3g}; a run of {config.epochs} epochs from its start would end elsewhere",
+        )
+
+
+def mend_best(run: Run) -> None:
+    """Make best.pt anew from its epoch's checkpoint, if the disk had no room for it, or it is gone."""
+    epoch = best_of(run.history)["epoch"] if run.history else 0
+    try:
+        held = model.read(run.folder / "best.pt")["epoch"]
+    except model.CheckpointError:
+        held = 0
+    if held == epoch or held > len(run.history):  # the latter is of an epoch that is done again
+        return
+    try:
+        checkpoint = model.read(run.folder / epoch_file(epoch))
+        run.best = model.packed({key: value for key, value in checkpoint.items() if key != "training"})
+    except model.CheckpointError as error:
+        print(f"train.py: best.pt is not that of epoch {epoch}, and cannot be made anew: {error}", file=sys.stderr)
+        run.unsaved["best.pt"] = f"its checkpoint, {epoch_file(epoch)}, is gone"
+    save_best(run)
+
+
+# ---- what TensorBoard shows ------------------------------------------------------------------------------------------
+
+
 def show_start(writer, network: nn.Module, split: str, config: Config, device: torch.device) -> None:
     """What TensorBoard knows before training: the graph, the config as hparams and as text, which curves belong
     together."""
@@ -1369,21 +1407,6 @@ def revision() -> str:
         return "unknown"
 
 
-def look(
-    pictures: datasets.Pictures, places: Tensor, epoch: int = 0, config: Config | None = None
-) -> tuple[Tensor, ...]:
-    """Pictures at these places: float as the network gets them, uint8 as a person does, and their labels.
-
-    With a config they are augmented as its training pictures in this epoch.
-    """
-    augment, seed = (augmentation(config), config.seed) if config else (None, 0)
-    chosen = pictures.take(places.cpu())
-    if isinstance(chosen, datasets.Streamed):
-        chosen = replace(chosen, workers=0)  # to start processes takes longer than to read a few files
-    inputs, labels = next(chosen.batches(len(places), False, augment, seed, epoch))
-    return inputs, datasets.denormalize(inputs, pictures.mean, pictures.std), labels
-
-
 def show(
     writer,
     network: nn.Module,
@@ -1412,6 +1435,21 @@ def show(
         views.write_histograms(writer, step, network)
 
 
+def look(
+    pictures: datasets.Pictures, places: Tensor, epoch: int = 0, config: Config | None = None
+) -> tuple[Tensor, ...]:
+    """Pictures at these places: float as the network gets them, uint8 as a person does, and their labels.
+
+    With a config they are augmented as its training pictures in this epoch.
+    """
+    augment, seed = (augmentation(config), config.seed) if config else (None, 0)
+    chosen = pictures.take(places.cpu())
+    if isinstance(chosen, datasets.Streamed):
+        chosen = replace(chosen, workers=0)  # to start processes takes longer than to read a few files
+    inputs, labels = next(chosen.batches(len(places), False, augment, seed, epoch))
+    return inputs, datasets.denormalize(inputs, pictures.mean, pictures.std), labels
+
+
 def show_embedding(run: Run, network: nn.Module, head: list[str], test_set: datasets.Pictures, config: Config) -> None:
     """1,000 test pictures in TensorBoard's projector, by what the head gets to see of them."""
     frozen, places = model.HeadOnly(network, head, config.image_size), torch.arange(min(1000, len(test_set)))
@@ -1434,40 +1472,7 @@ def log(writer, metrics: dict, memory: float) -> None:
     writer.add_scalar("memory_mib", memory, metrics["step"])
 
 
-def about(config: Config, options: dict, classes: list[str]) -> dict:
-    """The part of a checkpoint that all of a run have in common."""
-    return {
-        "format": model.FORMAT,
-        "model": {"name": config.model, "options": options},
-        "classes": classes,
-        "image_size": config.image_size,
-        "resize": config.resize,
-        "interpolation": config.interpolation,
-        "mean": list(config.mean),
-        "std": list(config.std),
-        "config": stored(config),
-    }
-
-
-def start(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Config, about: dict) -> None:
-    """Open the run's folder; show what is there before training."""
-    open_folder(run, config, about, trainer.schedule.last_epoch)
-    if not run.network:
-        show_start(run.writer, trainer.network, sets[1].split, config, trainer.device)
-        show(run.writer, trainer.network, sets, 0, 0, config)
-
-
-def record(
-    run: Run, trainer: Trainer, sets: list[datasets.Pictures], answers: list, config: Config, is_best: bool
-) -> None:
-    """Show, save and print what an epoch came to; in the first process."""
-    metrics, ends = run.history[-1], has_ended(run.history, config)
-    show(run.writer, trainer.network, sets, metrics["epoch"], metrics["step"], config, answers, ends)
-    log(run.writer, metrics, memory_used(trainer.device))
-    if ends and config.views and config.embedding:
-        head = model.head_keys(config.model, run.about["model"]["options"])
-        views.attempt("embedding", lambda: show_embedding(run, trainer.network, head, sets[1], config))
-    save_epoch(run, trainer, config, is_best, line(metrics, sets[1].split, config, is_best))
+# ---- the end of an epoch, and of a run -------------------------------------------------------------------------------
 
 
 def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], config: Config) -> bool:
@@ -1487,15 +1492,17 @@ def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], 
     return not since_best
 
 
-def packed(run: Run, trainer: Trainer) -> memoryview:
-    """A checkpoint with all that resuming needs, as the bytes of a file."""
-    of_run = {name: getattr(run, name) for name in RESUMED}
-    return model.packed(run.checkpoint_of(trainer) | {"training": trainer.state_dict() | of_run})
-
-
-def save(run: Run, name: str, content: memoryview) -> bool:
-    """Write a file of the run; whether the disk took it."""
-    return run.attempt(name, lambda: model.write(run.folder / name, content))
+def record(
+    run: Run, trainer: Trainer, sets: list[datasets.Pictures], answers: list, config: Config, is_best: bool
+) -> None:
+    """Show, save and print what an epoch came to; in the first process."""
+    metrics, ends = run.history[-1], has_ended(run.history, config)
+    show(run.writer, trainer.network, sets, metrics["epoch"], metrics["step"], config, answers, ends)
+    log(run.writer, metrics, memory_used(trainer.device))
+    if ends and config.views and config.embedding:
+        head = model.head_keys(config.model, run.about["model"]["options"])
+        views.attempt("embedding", lambda: show_embedding(run, trainer.network, head, sets[1], config))
+    save_epoch(run, trainer, config, is_best, line(metrics, sets[1].split, config, is_best))
 
 
 def save_epoch(run: Run, trainer: Trainer, config: Config, is_best: bool, text: str) -> None:
@@ -1532,6 +1539,17 @@ def save_best(run: Run) -> None:
         run.best = None
 
 
+def packed(run: Run, trainer: Trainer) -> memoryview:
+    """A checkpoint with all that resuming needs, as the bytes of a file."""
+    of_run = {name: getattr(run, name) for name in RESUMED}
+    return model.packed(run.checkpoint_of(trainer) | {"training": trainer.state_dict() | of_run})
+
+
+def save(run: Run, name: str, content: memoryview) -> bool:
+    """Write a file of the run; whether the disk took it."""
+    return run.attempt(name, lambda: model.write(run.folder / name, content))
+
+
 def leave(run: Run, trainer: Trainer, trained: dict) -> int:
     """Save an interrupted run, and say how to go on; returns the exit status."""
     if trainer.group.rank:
@@ -1546,15 +1564,6 @@ def leave(run: Run, trainer: Trainer, trained: dict) -> int:
         print(f"train.py: interrupted in {where}; this goes on {how}:", file=sys.stderr)
         print(f"python train.py --resume {quoted(run.folder)}", flush=True)
     return 130
-
-
-def line(metrics: dict, split: str, config: Config, best: bool) -> str:
-    """An epoch in one line of at most 100 columns."""
-    epoch = f"{metrics['epoch']:>{len(str(config.epochs))}}/{config.epochs}"
-    train = f"train loss {metrics['train_loss']:.3f} acc {metrics['train_accuracy']:.1%}"
-    held_out = f"{split} loss {metrics[f'{split}_loss']:.3f} acc {metrics[f'{split}_accuracy']:.1%}"
-    speed = f"{metrics['epoch_seconds']:.1f} s  {metrics['images_per_second']:,.0f} images/s"
-    return f"epoch {epoch}  {train}  {held_out}  {speed}{'  <- best' if best else ''}"
 
 
 def finish(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Config) -> None:
@@ -1603,15 +1612,7 @@ def test_best(run: Run, trainer: Trainer, test_set: datasets.Pictures, config: C
         save(run, "best.pt", model.packed(checkpoint | {"metrics": best}))
 
 
-def note(config: Config, text: str) -> None:
-    """Say something on standard error that a user may want to know, but need not."""
-    if not config.quiet:
-        print(text, file=sys.stderr)
-
-
-def quoted(path: str | Path) -> str:
-    """As one types it."""
-    return f'"{path}"' if " " in str(path) else str(path)
+# ---- what is printed -------------------------------------------------------------------------------------------------
 
 
 def say_what(
@@ -1630,7 +1631,27 @@ def say_what(
     note(config, f"{config.data}: {sizes} pictures; {about}; {where}")
 
 
-# ---- the story -----------------------------------------------------------------------------------------------------
+def note(config: Config, text: str) -> None:
+    """Say something on standard error that a user may want to know, but need not."""
+    if not config.quiet:
+        print(text, file=sys.stderr)
+
+
+def line(metrics: dict, split: str, config: Config, best: bool) -> str:
+    """An epoch in one line of at most 100 columns."""
+    epoch = f"{metrics['epoch']:>{len(str(config.epochs))}}/{config.epochs}"
+    train = f"train loss {metrics['train_loss']:.3f} acc {metrics['train_accuracy']:.1%}"
+    held_out = f"{split} loss {metrics[f'{split}_loss']:.3f} acc {metrics[f'{split}_accuracy']:.1%}"
+    speed = f"{metrics['epoch_seconds']:.1f} s  {metrics['images_per_second']:,.0f} images/s"
+    return f"epoch {epoch}  {train}  {held_out}  {speed}{'  <- best' if best else ''}"
+
+
+def quoted(path: str | Path) -> str:
+    """As one types it."""
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
+# ---- the story -------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -267,8 +267,11 @@ class Pictures:
                 images = squares(images, self.extent[picks], self.tall[picks], of_chunk[0] if augment else None)
             if augment and len(picks):
                 images = augment(images, of_chunk, fill)
-            images, labels = normalize(images, self.mean, self.std), self.labels[picks]
+            images, labels = self.normalized(images), self.labels[picks]
             yield from zip(images.split(sizes), labels.split(sizes), strict=True)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        return normalize(images, self.mean, self.std)
 
     def stored(self, chosen: Sequence[Tensor]) -> Iterator[Tensor]:
         """The stored pictures at these places, a uint8 batch `(B, 3, H, W)` for each tensor of places."""
@@ -367,23 +370,15 @@ class Features(Pictures):
     def evaluation_batch(self) -> int:
         return 250
 
-    def batches(
-        self,
-        batch_size: int,
-        shuffle: bool = False,
-        augment: None = None,
-        seed: int = 0,
-        epoch: int = 0,
-        keep: Tensor | None = None,
-        skip: int = 0,
-        group: Group = Group(),  # noqa: B008
-        pieces: int = 1,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every picture's features once, `(B, ...)`, and int64 labels `(B,)`, in the order of the pictures' batches."""
-        order = self.order(shuffle, seed, epoch, keep)[0]
-        parts = own(cuts(len(order), batch_size)[skip:], group, pieces)
-        for picks in order[parts.places].to(self.labels.device).split(parts.sizes):
-            yield self.images[picks], self.labels[picks]
+    @property
+    def ahead(self) -> int:
+        return 1
+
+    def normalized(self, images: Tensor) -> Tensor:
+        return images
+
+    def pick(self, picks: Tensor) -> Tensor:
+        return self.images[picks]
 
 
 def cuts(count: int, batch_size: int) -> list[slice]:

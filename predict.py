@@ -249,20 +249,16 @@ def merge(out: Path, parts: list[Path], top_k: int) -> int:
     """Make the table of its parts, name what could not be read, and remove the parts; returns the exit status."""
     if missing := [path for path in parts if not path.exists()]:
         raise datasets.DataError(f"{missing[0]}: written on another machine; {out.parent} must be on a shared disk")
-    failed, aside = False, out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(header(top_k))
-            for path in parts:
-                part = json.loads(path.read_bytes())
-                table.writerows(part["rows"])
-                for name, reason in part["bad"]:
-                    failed = True
-                    complain(name, reason)
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)
+    failed, text = False, io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(header(top_k))
+    for path in parts:
+        part = json.loads(path.read_bytes())
+        table.writerows(part["rows"])
+        for name, reason in part["bad"]:
+            failed = True
+            complain(name, reason)
+    model.write(out, text.getvalue().encode())
     shutil.rmtree(parts[0].parent)
     print(out)
     return int(failed)
@@ -290,8 +286,7 @@ def evaluate(
     test_set.labels = renumber[test_set.labels]
     logits, labels = model.outputs_of_all(network, test_set, group, len(classes), config.get("tta", "none"))
     scores = model.score(logits, labels, config.get("loss", "cross_entropy"))
-    pairs = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
-    confusion = pairs.view(len(classes), -1).tolist()
+    confusion = views.count_pairs(logits, labels).tolist()
     by_class = {
         name: row[place] / sum(row)
         for place, (name, row) in enumerate(zip(classes, confusion, strict=True))

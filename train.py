@@ -932,10 +932,9 @@ def kept(pictures: int, config: Config, epoch: int) -> int:
 
 def all_steps(history: list[dict], pictures: int, config: Config) -> int:
     """The steps of a run: those of its finished epochs, and those to come."""
-    middle = math.ceil(config.epochs / 2)
-    on_all, on_hardest = max(0, middle - len(history)), config.epochs - max(middle, len(history))
-    first, last = (len(datasets.cuts(kept(pictures, config, at), config.batch_size)) for at in (middle, middle + 1))
-    return (history[-1]["step"] if history else 0) + on_all * first + max(0, on_hardest) * last
+    to_come = range(len(history) + 1, config.epochs + 1)
+    steps = [len(datasets.cuts(kept(pictures, config, epoch), config.batch_size)) for epoch in to_come]
+    return sum(steps, history[-1]["step"] if history else 0)
 
 
 def evaluate(
@@ -945,7 +944,7 @@ def evaluate(
     class probabilities `(N, classes)` and labels `(N,)`. Each process of a group looks at a share of them; all get all.
 
     Raises TrainingError when the loss is not finite, and what `check` raises, which is called before each batch."""
-    batches = math.ceil(len(pictures) / pictures.evaluation_parts(trainer.group)[0])
+    batches = len(datasets.cuts(len(pictures), pictures.evaluation_batch * trainer.group.count))
     with autocast(trainer.device, trainer.precision), bar(pictures.split, batches, "batches", delay=1) as progress:
         how = trainer.group, len(pictures.classes), config.tta, lambda: (check(), progress.update())
         logits, labels = model.outputs_of_all(trainer.trains, pictures, *how)
@@ -1657,9 +1656,9 @@ def quoted(path: str | Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Train as these flags say; returns the exit status: 0, or 130 when it was interrupted."""
     clock = Clock()
-    config, *more = parse(argv)
+    config, given, resume = parse(argv)
     with Group(config.timeout) as group, Run() as run:
-        config, trained = begin(run, config, *more, group)
+        config, trained = begin(run, config, given, resume, group)
         clock.limit = 60 * config.time_limit or math.inf
         device = pick(config.device, group)
         precision = pick_precision(config.precision, device)

@@ -211,7 +211,7 @@ def saliency(network: nn.Module, image: Tensor, label: int | None = None) -> Ten
     Grad-CAM (Selvaraju et al. 2017, arxiv.org/abs/1610.02391) at the last layer whose output is a map of at least 4x4;
     the size of the input's gradient (Simonyan et al. 2014, arxiv.org/abs/1312.6034) where there is none.
     """
-    seen, hooks = [], []
+    seen = []
     keep = lambda _, __, output: seen.append(output) if is_map(output) else None  # noqa: E731
     hooks = [layer.register_forward_hook(keep) for layer in network.modules() if not list(layer.children())]
     image = image.detach().clone().requires_grad_(True)

@@ -297,8 +297,21 @@ class Pictures:
             paths=None if self.paths is None else self.paths[picks.cpu().numpy()],
         )
 
+    def look(
+        self, places: Tensor, augment: Augment | None = None, seed: int = 0, epoch: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures at these places: float as the network gets them, uint8 as a person does, and their labels.
+
+        With `augment` they are changed as training pictures in this epoch.
+        """
+        images, labels = next(self.take(places.cpu()).batches(len(places), False, augment, seed, epoch))
+        return images, denormalize(images, self.mean, self.std), labels
+
     def hold_out(self, fraction: float, seed: int) -> list["Pictures"]:
-        """Two sets: what remains for training, and `fraction` of every class for validation, drawn from the seed."""
+        """Two sets: what remains for training, and `fraction` of every class for validation, drawn from the seed.
+
+        Raises LimitError where one of them would have fewer than two pictures.
+        """
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self), generator=generator)
         held_out = torch.zeros(len(self), dtype=torch.bool)
@@ -330,6 +343,9 @@ class Streamed(Pictures):
     @property
     def ahead(self) -> int:
         return 1  # the workers make batches ready
+
+    def look(self, places: Tensor, *how: object) -> tuple[Tensor, Tensor, Tensor]:
+        return super(Streamed, replace(self, workers=0)).look(places, *how)  # to start processes takes longer
 
     def stored(self, chosen: Sequence[Tensor]) -> Iterator[Tensor]:
         device = self.labels.device
@@ -670,14 +686,18 @@ def load(
     interpolation: str = "bilinear",
     group: Group = Group(),  # noqa: B008
 ) -> list[Pictures]:
-    """The training and the test set of `cifar10`, `shapes`, or a folder of pictures, on `device`.
+    """The sets of `cifar10`, `shapes`, or a folder of pictures, on `device`: one for each of `splits`, in that order.
 
     Pictures are made square as `Sizing(image_size, resize, interpolation)` says. `limit` takes the first of each split,
-    classes balanced (0: all). Without `mean` and `std` both sets are
-    normalised by those of the first, the training pictures. A folder without `train/` is split by `val_fraction` (0.2
-    if 0). Its bad files are named on standard error and left out, or refused if `strict`. It is kept in memory where
-    it takes at most `memory_share` of what is free, and else streamed by `workers` processes (-1: one a core). The
-    processes of a group read and check its files in shares. Raises DataError.
+    classes balanced (0: all). Without `mean` and `std` (a channel, of pixels in [0, 1]) all sets are normalised by
+    those of the first. CIFAR-10 is looked for under `data_dir`, and downloaded to it from its known mirrors, or from
+    `data_url`, if it is not there.
+
+    A folder without `train/` is split by `val_fraction` (0.2 if 0). Its bad files are named on standard error and left
+    out, or refused if `strict`. It is kept in memory where it takes at most `memory_share` of what is free, and else
+    streamed by `workers` processes (-1: one a core). The processes of a group read and check its files in shares.
+
+    Raises DataError for data that are missing or damaged, LimitError where `limit` is below the number of classes.
     """
     device, sets, listings, sizing = torch.device(device), [], {}, Sizing(image_size, resize, interpolation)
     workers = math.ceil(cores() / group.local_count) if workers < 0 else workers
@@ -912,16 +932,16 @@ def stored_width(paths: np.ndarray, sizing: Sizing) -> int:
     return min(round(sizing.shorter * longest), 2 * sizing.side)
 
 
-def report_bad(pictures: Pictures, strict: bool, most: int = 20) -> None:
-    """Name the files that were left out on standard error, or raise DataError for the first if `strict`."""
+def report_bad(pictures: Pictures, strict: bool) -> None:
+    """Name the first 20 files that were left out on standard error, or raise DataError for the first if `strict`."""
     lines = [f"{path}: {reason}" for path, reason in pictures.bad]
     if strict and lines:
         more = f" (and {len(lines) - 1} more bad files)" if len(lines) > 1 else ""
         raise DataError(f"{lines[0]}{more}")
-    for line in lines[:most]:
+    for line in lines[:20]:
         print(f"left out: {printable(line)}", file=sys.stderr)
-    if len(lines) > most:
-        print(f"left out: {len(lines) - most} more files", file=sys.stderr)
+    if len(lines) > 20:
+        print(f"left out: {len(lines) - 20} more files", file=sys.stderr)
     counts = torch.bincount(pictures.labels.cpu(), minlength=len(pictures.classes)).tolist()
     if pictures.split == "train" and 0 in counts:
         raise DataError(f"class {pictures.classes[counts.index(0)]!r} has no readable training pictures")
@@ -935,7 +955,7 @@ def report_bad(pictures: Pictures, strict: bool, most: int = 20) -> None:
 def cifar10(data_dir: Path, split: str, data_url: str = "") -> Pictures:
     """CIFAR-10's training or test set from `cifar-10-batches-py/` under `data_dir`, unpacked or downloaded if need be.
 
-    Normalised by the statistics of the whole training set.
+    Normalised by the statistics of the whole training set. Raises DataError where they are damaged, or cannot be had.
     """
     folder = data_dir / "cifar-10-batches-py"
     if not folder.is_dir():
@@ -1180,21 +1200,17 @@ def duplicates(train_set: Pictures, test_set: Pictures) -> list[tuple[str, str]]
     return [(name, seen[found]) for name, found in hashes if found in seen]
 
 
-def enlarge(images: Tensor, side: int = 96) -> Tensor:
-    """uint8 images `(N, 3, H, W)` magnified without smoothing by the whole number that comes close to `side`."""
-    times = max(1, side // images.shape[2])
-    return images.repeat_interleave(times, 2).repeat_interleave(times, 3)
-
-
 def write_samples(log_dir: str, train_set: Pictures, augment: Augment) -> None:
-    """TensorBoard pages with 32 training pictures, before and after augmentation."""
+    """TensorBoard pages with 16 training pictures, before and after augmentation."""
     from torch.utils.tensorboard import SummaryWriter
+
+    from views import samples  # which nothing else here needs
 
     with SummaryWriter(log_dir) as writer:
         for name, how in (("1 before", None), ("2 after", augment)):
-            images, _ = next(train_set.batches(32, augment=how))
-            samples = enlarge(denormalize(images, train_set.mean, train_set.std))
-            writer.add_images(f"samples/{name} augmentation", samples)
+            _, images, labels = train_set.look(torch.arange(min(16, len(train_set))), how)
+            picture = samples(images, labels, train_set.classes)
+            writer.add_image(f"samples/{name} augmentation", picture, dataformats="HWC")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -388,8 +388,10 @@ def setting(group: str, default: object, help: str, **rules: object) -> Field:
     return field(default=default, metadata={"group": group, "help": help, **rules})
 
 
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def flag(name: str, value: object = None) -> str:
+    """A setting as the user types it: `--batch-size`, and with a value `--batch-size 64` or `--no-batch-norm`."""
+    no, after = "no-" if value is False else "", "" if value is None or isinstance(value, bool) else f" {value}"
+    return f"--{no}{name.replace('_', '-')}{after}"
 
 
 def add_flag(parser: argparse._ActionsContainer, key: Field, default: object) -> None:
@@ -438,6 +440,11 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """The text with its control characters escaped: names of strangers' files must not steer the terminal."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def reason(error: BaseException, most: int = 200) -> str:
+    """What an error says, in one line of at most so many characters; its kind if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def bar(name: str, total: int, unit: str, start: int = 0, delay: float = 0) -> "tqdm":

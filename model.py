@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from device import CallError, Parser, Problem, command, end, flag, printable, suggestion
+from device import CallError, Parser, Problem, command, end, flag, printable, reason, suggestion
 
 FORMAT = 2  # of a checkpoint; grows when an older reader could misread a newer file
 CONTENT = {"format": int, "model": dict, "classes": list, "image_size": int, "resize": int, "interpolation": str}
@@ -175,10 +175,7 @@ def network_options(name: str, classes: int, image_size: int, append: int = 0, *
         if key in options and value != "auto":
             options[key] = value
         elif key not in options and value not in (SETTINGS[key], "relu"):  # relu was the default once
-            wrong, right = (
-                f"--{'no-' if of is False else ''}{key.replace('_', '-')}{'' if isinstance(of, bool) else f' {of}'}"
-                for of in (value, SETTINGS[key])
-            )
+            wrong, right = flag(key, value), flag(key, SETTINGS[key])
             raise NetworkError(f"{wrong}: {name} has no such option; add {right}")
     return options | {"classes": classes, "image_size": image_size} | ({"append": append} if append else {})
 
@@ -290,20 +287,20 @@ def check(name: str, options: dict, batch_size: int = 2, training: bool = True) 
         except NetworkError:
             raise
         except Exception as error:  # each network has its own way to fail
-            return " ".join(str(error).split())[:100] or type(error).__name__
+            return reason(error, 100)
         return None
 
     bad = options["image_size"]
-    if not (reason := problem(bad)):
+    if not (why := problem(bad)):
         return
     good = next((side for side in (64, 128, 224, 299, 384, 512) if side > bad and not problem(side)), None)
     if good is None:
-        raise NetworkError(f"{name} cannot train on {batch_size} pictures of {bad} x {bad} pixels a step: {reason}")
+        raise NetworkError(f"{name} cannot train on {batch_size} pictures of {bad} x {bad} pixels a step: {why}")
     failed = bad
     while good - failed > 1:  # what fails for want of pixels does so below one size
         middle = (failed + good) // 2
         failed, good = (middle, good) if problem(middle) else (failed, middle)
-    raise NetworkError(f"{name} cannot train on pictures of {bad} x {bad} pixels ({reason}); add --image-size {good}")
+    raise NetworkError(f"{name} cannot train on pictures of {bad} x {bad} pixels ({why}); add --image-size {good}")
 
 
 # ---- outputs and losses --------------------------------------------------------------------------------------------
@@ -421,7 +418,7 @@ def head_keys(name: str, options: dict) -> list[str]:
     return [key for key in few if few[key].shape != more[key].shape]
 
 
-def trained(source: str, name: str) -> dict:
+def pretrained(source: str, name: str) -> dict:
     """What training can start from, as a checkpoint: torchvision's best ImageNet weights, or the file `source`.
 
     Raises NetworkError where there are none for this network, CheckpointError for a file that cannot be used.
@@ -443,8 +440,8 @@ def trained(source: str, name: str) -> dict:
     except Exception as error:  # of the network, the disk, or a damaged file
         if file.exists():
             raise CheckpointError(f"{file}: damaged or not {name}'s weights; delete it to download it again") from error
-        reason = getattr(error, "reason", error)
-        raise CheckpointError(f"{weights.url} could not be downloaded ({reason}); put it at {file}") from error
+        why = getattr(error, "reason", error)
+        raise CheckpointError(f"{weights.url} could not be downloaded ({why}); put it at {file}") from error
     # The published DenseNets are older than their layers' names.
     old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")
     for key in [key for key in state_dict if old.search(key)]:
@@ -626,12 +623,8 @@ class HeadOnly(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """What the head gets to see of images `(N, 3, H, W)`: float, of any shape `(N, ...)`."""
         seen = []
-        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            with torch.no_grad():
-                self.network(images)
-        finally:
-            hook.remove()
+        with self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])), torch.no_grad():
+            self.network(images)
         return seen[0]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -639,14 +632,6 @@ class HeadOnly(nn.Module):
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def save(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint so that a file called `path` is always whole.
-
-    Raises OSError when the disk refuses; what was at `path` before is then still there.
-    """
-    write(path, packed(checkpoint))
 
 
 def packed(checkpoint: dict) -> memoryview:
@@ -665,7 +650,10 @@ def packed(checkpoint: dict) -> memoryview:
 
 
 def write(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all: aside, flushed to disk, then renamed. Raises OSError."""
+    """Write a file whole or not at all: aside, flushed to disk, then renamed.
+
+    Raises OSError when the disk refuses; what was at `path` before is then still there.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
@@ -698,8 +686,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
         if not answer.isfinite().all():
             raise ValueError("its answers are not finite numbers")
     except Exception as error:  # a stranger's file can hold anything
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise CheckpointError(f"{path}: its weights and its network do not fit: {reason}") from error
+        raise CheckpointError(f"{path}: its weights and its network do not fit: {reason(error, 400)}") from error
     return network, checkpoint
 
 
@@ -813,6 +800,26 @@ def is_plain(values: dict) -> bool:
 
 
 @contextlib.contextmanager
+def watched(
+    layers: Iterable[tuple[str, nn.Module]], keep: typing.Callable[[Tensor | tuple], object]
+) -> Iterator[dict[str, object]]:
+    """What `keep` makes of the output of each of these layers, by name, the last one to work last; until the exit."""
+    found = {}
+
+    def watch(name: str) -> typing.Callable:
+        def note(_: nn.Module, __: tuple, output: Tensor | tuple) -> None:
+            found.pop(name, None)
+            found[name] = keep(output)
+
+        return note
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers:
+            hooks.enter_context(layer.register_forward_hook(watch(name)))
+        yield found
+
+
+@contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
     """Attention (ViT's) step by step: in one piece it can be neither counted nor traced."""
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -828,16 +835,12 @@ def measure(network: nn.Module, image_size: int) -> tuple[dict[str, tuple], dict
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    shapes, hooks, training = {}, [], network.training
-    for name, module in network.named_modules():
-        hook = lambda _, __, output, name=name: shapes.update({name: tuple(answers(output)[0].shape[1:])})  # noqa: E731
-        hooks.append(module.register_forward_hook(hook))
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad(), plain_attention(), sdpa_kernel(SDPBackend.MATH):
-        network.eval()(torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device))
+    image = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
+    counter, training = FlopCounterMode(display=False), network.training
+    shapes = watched(network.named_modules(), lambda output: tuple(answers(output)[0].shape[1:]))
+    with shapes as shapes, counter, torch.no_grad(), plain_attention(), sdpa_kernel(SDPBackend.MATH):
+        network.eval()(image)
     network.train(training)
-    for hook in hooks:
-        hook.remove()
     flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     return shapes, {name: flops.get(name, 0) // 2 for name in shapes}
 
@@ -916,8 +919,7 @@ def write_graph(writer, network: nn.Module, images: Tensor) -> None:
             warnings.simplefilter("ignore")  # the tracer is deprecated, and TensorBoard's only one
             writer.add_graph(network.eval(), images)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        print(f"no graph in TensorBoard: {reason}", file=sys.stderr)
+        print(f"no graph in TensorBoard: {reason(error)}", file=sys.stderr)
     network.train(training)
 
 
@@ -956,8 +958,7 @@ def export(source: str | Path, path: Path) -> None:
                 with torch.no_grad():
                     torch.testing.assert_close(run(images), exported(images), rtol=1e-3, atol=1e-4)
     except Exception as error:  # exporters raise all kinds for what they cannot trace
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{source}: {path} was not written, the export failed: {reason}") from error
+        raise CheckpointError(f"{source}: {path} was not written, the export failed: {reason(error, 300)}") from error
     write(path, content)
 
 
@@ -981,7 +982,10 @@ def as_onnx(network: nn.Module, images: Tensor, facts: str) -> tuple[bytes, typi
     program = torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
     onnx.helper.set_model_props(proto := program.model_proto, {"facts": facts})
     evaluator = ReferenceEvaluator(proto)
-    run = lambda images: torch.from_numpy(evaluator.run(None, {"images": images.numpy()})[0])  # noqa: E731
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(evaluator.run(None, {"images": images.numpy()})[0])
+
     return proto.SerializeToString(), run
 
 

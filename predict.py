@@ -39,7 +39,7 @@ PART = 1000  # files whose answers are saved together, where a table is written
 class Answer(NamedTuple):
     """What is said about a picture."""
 
-    name: str | Path
+    name: str
     top: list[tuple[str, float]] | None  # classes and their probabilities, None for what can't be read
     picture: np.ndarray  # uint8 (side, side, 3), as the network sees it
     reason: str = ""  # why it can't be read
@@ -74,12 +74,12 @@ def classify(
         image = Image.fromarray(image)
     pixels, _ = datasets.read_picture(image, sizing(checkpoint))
     images = torch.tensor(pixels).permute(2, 0, 1)[None].to(next(network.parameters()).device)
-    best = shares(network, checkpoint, images)[0].topk(min(top_k, len(checkpoint["classes"])))
+    best = probabilities(network, checkpoint, images)[0].topk(min(top_k, len(checkpoint["classes"])))
     names = [checkpoint["classes"][place] for place in best.indices.tolist()]
     return list(zip(names, best.values.tolist(), strict=True))
 
 
-def shares(network: nn.Module, checkpoint: dict, images: Tensor) -> Tensor:
+def probabilities(network: nn.Module, checkpoint: dict, images: Tensor) -> Tensor:
     """Class probabilities `(N, classes)` of uint8 images `(N, 3, image_size, image_size)`, on the images' device."""
     parts = images.split(datasets.evaluation_batch(checkpoint["image_size"]))
     batches = (datasets.normalize(part, checkpoint["mean"], checkpoint["std"]) for part in parts)
@@ -88,7 +88,7 @@ def shares(network: nn.Module, checkpoint: dict, images: Tensor) -> Tensor:
     return model.probabilities(logits, config.get("loss", "cross_entropy"))
 
 
-def find(names: list[str]) -> Iterator[str | Path]:
+def find(names: list[str]) -> Iterator[str]:
     """The pictures to classify, in the order given: folders are searched, `-` is standard input."""
     for name in names:
         inside = datasets.list_pictures(Path(name)) if name != "-" and Path(name).is_dir() else []
@@ -100,7 +100,7 @@ def sizing(checkpoint: dict) -> datasets.Sizing:
     return datasets.Sizing(checkpoint["image_size"], checkpoint["resize"], checkpoint["interpolation"])
 
 
-def decode(names: list[str | Path], sizing: datasets.Sizing, group: Group) -> Iterator[tuple[list, datasets.Decoded]]:
+def decode(names: list[str], sizing: datasets.Sizing, group: Group) -> Iterator[tuple[list, datasets.Decoded]]:
     """Names and what was read of them, some at a time and in order; of many files by processes of their own, if there
     are cores that the network leaves them: on two cores they would only be in each other's way."""
     cores = datasets.cores() // group.local_count
@@ -120,7 +120,7 @@ def decode(names: list[str | Path], sizing: datasets.Sizing, group: Group) -> It
 
 
 def answers(
-    names: list[str | Path], network: nn.Module, checkpoint: dict, device: torch.device, top_k: int, group: Group
+    names: list[str], network: nn.Module, checkpoint: dict, device: torch.device, top_k: int, group: Group
 ) -> Iterator[Answer]:
     """The `top_k` classes of each picture, in order."""
     classes = checkpoint["classes"]
@@ -128,7 +128,8 @@ def answers(
         readable = decoded.extent > 0
         tops, reasons = iter(()), iter(decoded.bad)
         if readable.any():
-            best = shares(network, checkpoint, decoded.images[readable].permute(0, 3, 1, 2).to(device)).topk(top_k)
+            images = decoded.images[readable].permute(0, 3, 1, 2).to(device)
+            best = probabilities(network, checkpoint, images).topk(top_k)
             tops = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for name, good, picture in zip(batch, readable.tolist(), decoded.images.numpy(), strict=True):
             if good:
@@ -161,7 +162,7 @@ def explaining(answered: Iterable[Answer], network: nn.Module, checkpoint: dict)
         yield answer
 
 
-def complain(name: str | Path, reason: str) -> None:
+def complain(name: str, reason: str) -> None:
     print(f"predict.py: {printable(f'{name}: {reason}')}", file=sys.stderr)
 
 
@@ -171,7 +172,7 @@ def header(top_k: int) -> list[str]:
 
 def row(answer: Answer) -> list[str]:
     """The answer in a line of a table."""
-    return [cell(str(answer.name))] + [part for guess, share in answer.top for part in (cell(guess), f"{share:.6f}")]
+    return [cell(answer.name)] + [part for guess, share in answer.top for part in (cell(guess), f"{share:.6f}")]
 
 
 def report(answered: Iterable[Answer], top_k: int, form: str) -> int:
@@ -186,13 +187,14 @@ def report(answered: Iterable[Answer], top_k: int, form: str) -> int:
             complain(answer.name, answer.reason)
         elif form == "json":
             guesses = [{"class": guess, "probability": round(share, 6)} for guess, share in answer.top]
-            text = json.dumps({"file": str(answer.name), "classes": guesses}, ensure_ascii=False)
-            print(text if text.isprintable() else json.dumps({"file": str(answer.name), "classes": guesses}))
+            found = {"file": answer.name, "classes": guesses}
+            text = json.dumps(found, ensure_ascii=False)
+            print(text if text.isprintable() else json.dumps(found))
         elif form == "csv":
             table.writerow(row(answer))
         else:
             guesses = [f"{guess} {share:.1%}" for guess, share in answer.top]
-            print("  ".join([printable(str(answer.name)), *guesses]))
+            print("  ".join([printable(answer.name), *guesses]))
     return int(failed)
 
 
@@ -375,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
             answered = answers(names, network, checkpoint, device, top_k, group)
             return explaining(answered, network, checkpoint) if args.show else answered
 
-        names = group.of_first(lambda: [str(name) for name in find(args.pictures)])
+        names = group.of_first(lambda: list(find(args.pictures)))
         if args.csv:
             of = f"{checksum} {top_k} {checkpoint['config'].get('tta')} {args.show}"
             return write_table(Path(args.csv), names, top_k, answer, of, group)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from operator import itemgetter
@@ -111,7 +111,7 @@ class Muon(torch.optim.SGD):
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-lr)
 
 
-def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
+def orthogonal(matrix: Tensor) -> Tensor:
     """A matrix on the way to the nearest (semi-)orthogonal one, by Newton-Schulz steps on its singular values.
 
     Three steps bring those above 0.03 of the matrix's norm to between 0.6 and 1.2, and let smaller ones grow about 40
@@ -119,7 +119,7 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
     """
     wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
-    for _ in range(steps):
+    for _ in range(3):
         square = wide @ wide.T
         wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
     return wide if len(matrix) <= matrix.shape[1] else wide.T
@@ -347,10 +347,10 @@ def check_together(config: Config) -> None:
 def resolve(config: Config) -> tuple[Config, dict | None]:
     """Fill in what depends on the weights to start from; also returns these, in the form of a checkpoint.
 
-    Raises ConfigError for settings that do not fit them, and what `model.trained` raises.
+    Raises ConfigError for settings that do not fit them, and what `model.pretrained` raises.
     """
-    trained = None if config.weights == "none" else model.trained(config.weights, config.model)
-    had = trained or {"image_size": 32, "resize": 32, "interpolation": "bilinear", "mean": (), "std": ()}
+    pretrained = None if config.weights == "none" else model.pretrained(config.weights, config.model)
+    had = pretrained or {"image_size": 32, "resize": 32, "interpolation": "bilinear", "mean": (), "std": ()}
     size = config.image_size or had["image_size"]
     # Another size than the weights' own is the user's choice, who then gets the whole of the shorter side.
     resize = config.resize or (had["resize"] if size == had["image_size"] else size)
@@ -361,13 +361,14 @@ def resolve(config: Config) -> tuple[Config, dict | None]:
     interpolation = had["interpolation"] if config.interpolation == "auto" else config.interpolation
     mean, std = (config.mean, config.std) if config.mean else (tuple(had["mean"]), tuple(had["std"]))
     config = replace(config, image_size=size, resize=resize, interpolation=interpolation, mean=mean, std=std)
-    for name, value in trained["model"]["options"].items() if trained else ():
+    for name, value in pretrained["model"]["options"].items() if pretrained else ():
         if getattr(config, name, value) == "auto":
             config = replace(config, **{name: value})
         elif getattr(config, name, value) != value and name not in ("image_size", "classes"):
-            flag = "--no-batch-norm" if value is False else "--batch-norm" if value is True else f"--{name} {value}"
-            raise ConfigError(f"--weights {config.weights}: that network was trained otherwise; add {flag}")
-    return config, trained
+            raise ConfigError(
+                f"--weights {config.weights}: that network was trained otherwise; add {flag(name, value)}"
+            )
+    return config, pretrained
 
 
 def stored(config: Config) -> dict:
@@ -402,25 +403,25 @@ def augmentation(config: Config) -> datasets.Augment | None:
     return augment if augment != datasets.Augment() else None
 
 
-def network_options(config: Config, classes: int, trained: dict | None = None) -> dict:
+def options_for(config: Config, classes: int, pretrained: dict | None = None) -> dict:
     """What the network's constructor gets; stored in the checkpoint, from which it is built again."""
-    append = trained["model"]["options"].get("append", 0) if trained else 0
+    append = pretrained["model"]["options"].get("append", 0) if pretrained else 0
     if config.head == "append" and append:
         raise ConfigError(f"--head append: {config.weights} has an appended layer already; add --head replace")
     if config.head == "append":
-        append = len(trained["classes"]) if trained else 1000
+        append = len(pretrained["classes"]) if pretrained else 1000
     settings = {name: getattr(config, name) for name in model.SETTINGS}
     return model.network_options(config.model, classes, config.image_size, append, **settings)
 
 
-def check_network(config: Config, trained: dict | None, run: "Run", group: Group) -> None:
+def check_network(config: Config, pretrained: dict | None, run: "Run", group: Group) -> None:
     """Raises NetworkError for a network that cannot train so, before the data are read."""
     if not run.checkpoint and group.rank == 0:
-        model.check(config.model, network_options(config, 2, trained), config.batch_size, config.freeze != "all")
+        model.check(config.model, options_for(config, 2, pretrained), config.batch_size, config.freeze != "all")
 
 
 def make_network(
-    config: Config, train_set: datasets.Pictures, trained: dict | None, run: "Run", group: Group
+    config: Config, train_set: datasets.Pictures, pretrained: dict | None, run: "Run", group: Group
 ) -> tuple[nn.Module, list[str], dict]:
     """The network, as the run left it or with its first weights, frozen where `config` says so; the names of its
     head's weights; and its options. All processes get the first one's.
@@ -430,7 +431,7 @@ def make_network(
     if run.checkpoint:
         options = run.checkpoint["model"]["options"]
     else:
-        options = group.of_first(lambda: network_options(config, len(train_set.classes), trained))
+        options = group.of_first(lambda: options_for(config, len(train_set.classes), pretrained))
     head = model.head_keys(config.model, options)
     if run.network:
         network = run.network
@@ -438,9 +439,9 @@ def make_network(
         network = model.create(config.model, options)
     else:
         seed(config.seed)
-        network = build(config, options, train_set.classes, trained, head)
-        if config.whiten and not trained:
-            images, _ = look(train_set, torch.arange(min(train_set.evaluation_batch, len(train_set))))[:2]
+        network = build(config, options, train_set.classes, pretrained, head)
+        if config.whiten and not pretrained:
+            images, _, _ = train_set.look(torch.arange(min(train_set.evaluation_batch, len(train_set))))
             model.whiten(network, images)
     group.spread(network.state_dict().values())
     if config.freeze != "0":
@@ -448,14 +449,14 @@ def make_network(
     return network, head, options
 
 
-def build(config: Config, options: dict, classes: list[str], trained: dict | None, head: list[str]) -> nn.Module:
+def build(config: Config, options: dict, classes: list[str], pretrained: dict | None, head: list[str]) -> nn.Module:
     """A new network with its trained weights, if there are any."""
     network = model.create(config.model, options)
-    if trained:
-        append, same_classes = config.head == "append", trained["classes"] == classes
+    if pretrained:
+        append, same_classes = config.head == "append", pretrained["classes"] == classes
         new = () if append or (config.head == "auto" and same_classes) else head
-        source = f"{config.weights} (trained on {trained['image_size']} x {trained['image_size']} pixels)"
-        model.transfer(network.network if append else network, trained["state_dict"], new, source)
+        source = f"{config.weights} (trained on {pretrained['image_size']} x {pretrained['image_size']} pixels)"
+        model.transfer(network.network if append else network, pretrained["state_dict"], new, source)
     return network
 
 
@@ -492,13 +493,14 @@ def as_features(
             for images, labels in pictures.batches(at_once, group=group):
                 with autocast(device, precision):
                     batch = frozen.features(images).float()
-                copies = group.local_count if device.type == "cpu" else 1
-                size = copies * batch[:1].nbytes * progress.total if len(batch) else 0
-                fits = size <= config.memory_share * datasets.free_memory(device)
-                if features is None and not found and not all(group.gather(fits)):
-                    note(config, f"features would take {size / 1e6:,.1f} MB: computed anew every epoch")
-                    return None
-                features = batch.new_zeros(len(pictures), *batch.shape[1:]) if features is None else features
+                if features is None:
+                    copies = group.local_count if device.type == "cpu" else 1
+                    size = copies * batch[:1].nbytes * progress.total if len(batch) else 0
+                    fits = size <= config.memory_share * datasets.free_memory(device)
+                    if not found and not all(group.gather(fits)):
+                        note(config, f"features would take {size / 1e6:,.1f} MB: computed anew every epoch")
+                        return None
+                    features = batch.new_zeros(len(pictures), *batch.shape[1:])
                 own, places = places.split([len(labels), len(places) - len(labels)])
                 features[own.to(device)] = batch
                 progress.update(len(labels) * group.count)
@@ -530,9 +532,12 @@ class Clock:
         """When there is only time left to evaluate and save; some seconds are for what came before this clock."""
         return self.limit - 1.2 * self.ending - 4
 
+    def begin(self) -> None:
+        """From here on, unless an earlier sitting began it, the time is for training."""
+        self.begun = self.seconds() if self.begun is None else self.begun
+
     def share(self) -> float:
         """How much of the time for training is over; 0 where there is no limit."""
-        self.begun = self.seconds() if self.begun is None else self.begun
         return min(1.0, (self.seconds() - self.begun) / max(1e-9, self.training_ends - self.begun))
 
     def is_over(self) -> bool:
@@ -585,7 +590,7 @@ class Sums:
     """What the steps of an epoch add up to so far: what an interrupted one needs to go on, beside the weights."""
 
     correct: Tensor  # int64, on the device
-    shares: Tensor | None = None  # what the right classes of training pictures got in it; 0 for those still to come
+    confidence: Tensor | None = None  # of the network in each training picture's class; 0 where it is still to come
     step: int = 0
     pictures: int = 0
     loss: float = 0.0  # over all pictures
@@ -593,6 +598,13 @@ class Sums:
     logged_pictures: int = 0
     lr: float = 0.0  # of the last step
     seconds: float = 0.0
+
+    def add_answers(self, logits: Tensor, labels: Tensor, places: Tensor | None, loss: str) -> None:
+        """Count what is right, and note how sure the network was of it: `places` are those of the training pictures."""
+        self.correct += (logits.argmax(1) == labels).sum()
+        if places is not None:
+            of_truth = model.probabilities(logits.float(), loss).gather(1, labels.view(-1, 1))
+            self.confidence[places] = of_truth.squeeze(1).clamp(min=SEEN)
 
     def add_losses(
         self, losses: list[tuple[Tensor, float]], parts: list[slice], order: Tensor, epoch: int, group: Group
@@ -614,6 +626,22 @@ class Sums:
             self.loss += value * (parts[step].stop - parts[step].start)
         losses.clear()
 
+    def point(self) -> float:
+        """The mean loss since the last point of the curve, of which this is the next."""
+        mean = (self.loss - self.logged_loss) / (self.pictures - self.logged_pictures)
+        self.logged_loss, self.logged_pictures = self.loss, self.pictures
+        return mean
+
+    def metrics(self) -> dict:
+        """What is told of an epoch's training."""
+        return {
+            "train_loss": self.loss / self.pictures,
+            "train_accuracy": self.correct.item() / self.pictures,
+            "lr": self.lr,
+            "epoch_seconds": self.seconds,
+            "images_per_second": self.pictures / self.seconds,
+        }
+
 
 @dataclass
 class Trainer:
@@ -632,7 +660,7 @@ class Trainer:
     group: Group
     steps: int  # of the whole run
     sitting: tuple[int, float] | None = None  # the first step that was done since the program began, and when
-    shares: Tensor | None = None  # given to the right class of every training picture, when it was last seen
+    confidence: Tensor | None = None  # in every training picture's class, when it was last seen
     sums: Sums | None = None  # of the epoch in progress
     norm: Tensor | None = None  # of the last step's gradient, before it was shortened
 
@@ -645,8 +673,8 @@ class Trainer:
         batch, found = batch or slice(0, len(labels)), []
         self.optimizer.zero_grad(set_to_none=True)
         pieces = [piece.stop - piece.start for piece in datasets.share(batch, self.group, config.accumulate)]
-        for images, labels in zip(images.split(pieces), labels.split(pieces), strict=True):  # noqa: B020
-            found.append(self.backward(images, labels, config, batch.stop - batch.start, len(found) + 1 == len(pieces)))
+        for part in zip(images.split(pieces), labels.split(pieces), strict=True):
+            found.append(self.backward(*part, config, batch.stop - batch.start, len(found) + 1 == len(pieces)))
         if config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             self.norm = torch.nn.utils.clip_grad_norm_(self.trains.parameters(), config.clip_grad)
@@ -686,9 +714,9 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """What was learned about the pictures is now of all of them."""
-        if self.sums.shares is not None:
-            before = torch.zeros_like(self.sums.shares) if self.shares is None else self.shares
-            self.shares = torch.where(self.sums.shares > 0, self.sums.shares, before)
+        if self.sums.confidence is not None:
+            before = torch.zeros_like(self.sums.confidence) if self.confidence is None else self.confidence
+            self.confidence = torch.where(self.sums.confidence > 0, self.sums.confidence, before)
         self.sums = None
 
     def left(self) -> str:
@@ -711,7 +739,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"last_epoch": self.schedule.last_epoch},
             "scaler": self.scaler.state_dict(),
-            "shares": self.shares,
+            "confidence": self.confidence,
             "sums": asdict(self.sums) if self.sums else None,
             "clock": {"before": self.clock.seconds(), "begun": self.clock.begun},
         }
@@ -722,30 +750,30 @@ class Trainer:
         self.clock.done = max(self.group.gather(self.clock.share()))
         # Of the file only what training has found: all that the config says is the trainer's own.
         own, found = self.optimizer.state_dict(), state["optimizer"]["state"]
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for place, buffers in found.items():
             for of in buffers.values():
-                fits = of.shape in (trained[place].shape, ()) if isinstance(of, Tensor) else type(of) in (int, float)
+                fits = of.shape in (parameters[place].shape, ()) if isinstance(of, Tensor) else type(of) in (int, float)
                 if not fits and of is not None:
                     raise ValueError("its momentum is not that of its weights")
         self.optimizer.load_state_dict(own | {"state": found})
         if state["scaler"]:  # one that does nothing has no state
             self.scaler.load_state_dict(state["scaler"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
-        shares = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        self.schedule._last_lr = [base * share(self.schedule.last_epoch) for base, share in shares]
+        factors = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        self.schedule._last_lr = [base * factor(self.schedule.last_epoch) for base, factor in factors]
         for group, lr in zip(self.optimizer.param_groups, self.schedule._last_lr, strict=True):
             group["lr"] = lr
-        self.shares = None if state["shares"] is None else state["shares"].to(self.device)
+        self.confidence = None if state["confidence"] is None else state["confidence"].to(self.device)
         if state["sums"]:
             sums = {key: of.to(self.device) if isinstance(of, Tensor) else of for key, of in state["sums"].items()}
             self.sums = Sums(**sums)
-            numbers = [value for key, value in sums.items() if key not in ("correct", "shares")]
+            numbers = [value for key, value in sums.items() if key not in ("correct", "confidence")]
             if self.sums.correct.dtype != torch.int64 or not all(isinstance(number, int | float) for number in numbers):
                 raise ValueError("the sums of its epoch are no numbers")
             if self.group.rank:  # the first process has those of all
                 self.sums.correct.zero_()
-                self.sums.shares = None if self.sums.shares is None else torch.zeros_like(self.sums.shares)
+                self.sums.confidence = None if self.sums.confidence is None else torch.zeros_like(self.sums.confidence)
 
 
 def learning_rate(config: Config, steps: int, step: float) -> float:
@@ -794,17 +822,27 @@ def make_trainer(
     ]
     optimizer = OPTIMIZERS[config.optimizer](groups, config, precision, device.type in ("cpu", "cuda"))
     clock = clock or Clock()
-    clock.share()  # from here on it counts
+    clock.begin()
 
-    def share(step: int) -> float:
+    def factor(step: int) -> float:
         return learning_rate(config, steps, max(step, clock.done * steps))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     trains = trains or network
     eager = trains if group.count == 1 else in_group(trains, config, device)
-    forward = torch.compile(eager) if config.compile else eager
-    return Trainer(network, trains, forward, eager, optimizer, schedule, scaler, device, precision, clock, group, steps)
+    return Trainer(
+        network=network,
+        trains=trains,
+        forward=torch.compile(eager) if config.compile else eager,
+        eager=eager,
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        device=device,
+        precision=precision,
+        clock=clock,
+        group=group,
+        steps=steps,
+    )
 
 
 def in_group(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
@@ -847,10 +885,9 @@ def train_epoch(
     parts = datasets.cuts(len(order), config.batch_size)
     sums = trainer.sums = trainer.sums or new_sums(trainer, len(train_set), config)
     steps_before, losses = trainer.schedule.last_epoch - sums.step, []
-    batches = training_batches(train_set, config, epoch, keep, sums.step, group)
-    if sums.shares is not None:
-        own = datasets.own(parts, group, config.accumulate)
-        places = order[own.places].to(trainer.device).split(own.sizes)
+    places = own_places(order, parts, config, trainer) if config.hardest < 1 else [None] * len(parts)
+    how = config.batch_size, config.shuffle, augmentation(config), config.seed, epoch
+    batches = train_set.batches(*how, keep, sums.step, group, config.accumulate)
     progress, shown = bar(f"epoch {epoch}/{config.epochs}", len(parts), "steps", sums.step), ""
     for images, labels in batches:
         sums.lr = trainer.schedule.get_last_lr()[0]
@@ -858,17 +895,13 @@ def train_epoch(
         batch = parts[sums.step]
         loss, logits = trainer.step(images, labels, config, batch)
         losses.append((loss, sums.lr))
-        sums.correct += (logits.argmax(1) == labels).sum()
-        if sums.shares is not None:
-            of_truth = model.probabilities(logits.float(), config.loss).gather(1, labels.view(-1, 1))
-            sums.shares[places[sums.step]] = of_truth.squeeze(1).clamp(min=SEEN)
+        sums.add_answers(logits, labels, places[sums.step], config.loss)
         sums.step, sums.pictures = sums.step + 1, sums.pictures + batch.stop - batch.start
         at_end, at_point, leave = sums.step == len(parts), sums.step % LOG_STEPS == 0, stop()
         if at_point or at_end or leave:  # to read a loss waits for the device, so not at every step
             sums.add_losses(losses, parts, order, epoch, group)
-        if at_point and not at_end:
-            mean = (sums.loss - sums.logged_loss) / (sums.pictures - sums.logged_pictures)
-            sums.logged_loss, sums.logged_pictures = sums.loss, sums.pictures
+        if at_point and not at_end:  # the epoch's own loss comes with its accuracy
+            mean = sums.point()
             shown = f"loss {mean:.3f}, "
             writer.add_scalar("loss/train", mean, steps_before + sums.step)
             writer.add_scalar("lr", sums.lr, steps_before + sums.step)
@@ -879,36 +912,27 @@ def train_epoch(
         if leave:
             break
     progress.close()
-    for of_all in (sums.correct, sums.shares):
-        if of_all is not None:
-            group.sum(of_all)
+    group.sum(sums.correct)
+    if sums.confidence is not None:
+        group.sum(sums.confidence)
     if not config.sync_bn:
         group.spread(trainer.trains.buffers())
     sums.seconds += time.perf_counter() - start
     if sums.step == len(parts):
         trainer.end_epoch()
-    return {
-        "epoch": epoch,
-        "step": steps_before + sums.step,
-        "train_loss": sums.loss / sums.pictures,
-        "train_accuracy": sums.correct.item() / sums.pictures,
-        "lr": sums.lr,
-        "epoch_seconds": sums.seconds,
-        "images_per_second": sums.pictures / sums.seconds,
-    }
+    return {"epoch": epoch, "step": steps_before + sums.step} | sums.metrics()
 
 
-def training_batches(
-    train_set: datasets.Pictures, config: Config, epoch: int, keep: Tensor | None, skip: int, group: Group
-) -> Iterator[tuple[Tensor, Tensor]]:
-    how = config.batch_size, config.shuffle, augmentation(config), config.seed, epoch
-    return train_set.batches(*how, keep, skip, group, config.accumulate)
+def own_places(order: Tensor, parts: list[slice], config: Config, trainer: Trainer) -> Sequence[Tensor]:
+    """Which training pictures this process sees in each batch, int64 `(N,)` each, on the device."""
+    own = datasets.own(parts, trainer.group, config.accumulate)
+    return order[own.places].to(trainer.device).split(own.sizes)
 
 
 def new_sums(trainer: Trainer, pictures: int, config: Config) -> Sums:
     """Those of an epoch that begins."""
-    shares = torch.zeros(pictures, device=trainer.device) if config.hardest < 1 else None
-    return Sums(torch.zeros((), dtype=torch.int64, device=trainer.device), shares)
+    confidence = torch.zeros(pictures, device=trainer.device) if config.hardest < 1 else None
+    return Sums(torch.zeros((), dtype=torch.int64, device=trainer.device), confidence)
 
 
 def hardest(trainer: Trainer, config: Config, epoch: int) -> Tensor | None:
@@ -919,9 +943,9 @@ def hardest(trainer: Trainer, config: Config, epoch: int) -> Tensor | None:
     """
     if config.hardest == 1 or epoch <= math.ceil(config.epochs / 2):
         return None
-    count = kept(len(trainer.shares), config, epoch)
-    keep = torch.zeros(len(trainer.shares), dtype=torch.bool, device=trainer.device)
-    keep[trainer.shares.topk(count, largest=False).indices] = True
+    count = kept(len(trainer.confidence), config, epoch)
+    keep = torch.zeros(len(trainer.confidence), dtype=torch.bool, device=trainer.device)
+    keep[trainer.confidence.topk(count, largest=False).indices] = True
     return keep
 
 
@@ -968,7 +992,7 @@ def evaluation_seconds(trainer: Trainer, pictures: datasets.Pictures, config: Co
 # ---- the run folder --------------------------------------------------------------------------------------------------
 
 
-RESUMED = ("history", "trained", "mistakes", "pictures")  # what of a Run its checkpoints hold
+RESUMED = ("history", "unevaluated", "mistakes", "pictures")  # what of a Run its checkpoints hold
 
 
 @dataclass
@@ -980,11 +1004,11 @@ class Run:
     network: nn.Module | None = None  # with `checkpoint`, what a resumed run goes on from
     checkpoint: dict = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)  # the metrics of each epoch
-    trained: dict | None = None  # the metrics of an epoch that was not evaluated yet
+    unevaluated: dict | None = None  # the metrics of an epoch that was not evaluated yet
     mistakes: list[str] = field(default_factory=list)  # what the best epoch mistook most, in words
     unsaved: dict[str, str] = field(default_factory=dict)  # files that could not be written, and why
     best: memoryview | None = None  # best.pt, as long as it could not be written
-    about: dict = field(default_factory=dict)  # what is the same in all checkpoints
+    header: dict = field(default_factory=dict)  # what is the same in all checkpoints
     pictures: int = 0  # that it trains on
     job: str = ""  # of torchrun, which may start the run again
     writer: object = field(default_factory=views.NoBoard)  # TensorBoard's
@@ -1004,7 +1028,7 @@ class Run:
         if isinstance(error, TrainingError) and not self.unsaved and self.folder:
             last = next((path for path in reversed(self.epoch_files()) if path.exists()), "none yet")
             error.add_note(f"last good checkpoint: {last}")
-        elif isinstance(error, KeyboardInterrupt) and self.about:
+        elif isinstance(error, KeyboardInterrupt) and self.header:
             error.add_note(f"python train.py --resume {quoted(self.folder)}")
 
     def epoch_files(self) -> list[Path]:
@@ -1014,7 +1038,7 @@ class Run:
     def checkpoint_of(self, trainer: Trainer) -> dict:
         """What predict.py needs of the network as it is now."""
         now = {"state_dict": trainer.network.state_dict(), "epoch": len(self.history)}
-        return self.about | now | {"metrics": self.history[-1] if self.history else {}}
+        return self.header | now | {"metrics": self.history[-1] if self.history else {}}
 
     def attempt(self, name: str, write: Callable[[], None]) -> bool:
         """Write a file of the run. Where the disk refuses, training goes on, and the run fails at its end."""
@@ -1043,12 +1067,14 @@ class Run:
         model.write(self.folder / "metrics.jsonl", lines.encode())
 
 
-def begin(run: "Run", config: Config, given: dict, resume: str | None, group: Group) -> tuple[Config, dict | None]:
+def agree_on_config(
+    run: "Run", config: Config, given: dict, resume: str | None, group: Group
+) -> tuple[Config, dict | None]:
     """The settings of a new run, or of the one that `run` becomes; in the first process, the weights to start from too.
 
     The first process decides for all. Raises ConfigError, and what `resolve` raises.
     """
-    trained = None
+    pretrained = None
     if group.rank == 0:
         if job := group.job():
             called = repr((job, config, given, resume)).encode()
@@ -1067,13 +1093,13 @@ def begin(run: "Run", config: Config, given: dict, resume: str | None, group: Gr
                 + (f" in {config.accumulate} pieces (--accumulate)" if config.accumulate > 1 else "")
             )
         if not run.checkpoint:
-            config, trained = resolve(config)
+            config, pretrained = resolve(config)
     known = {key: value for key, value in run.checkpoint.items() if key != "state_dict"}
     of_run = {name: getattr(run, name) for name in RESUMED}
     config, run.checkpoint, of_run = group.of_first(lambda: (config, known, of_run))
     for name, value in of_run.items():
         setattr(run, name, value)
-    return config, trained
+    return config, pretrained
 
 
 def check_name(config: Config) -> None:
@@ -1084,15 +1110,15 @@ def check_name(config: Config) -> None:
         raise ConfigError(f"--run-name {config.run_name}: {folder} exists already{hint}")
 
 
-def start(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Config, about: dict) -> None:
+def open_run(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Config, header: dict) -> None:
     """Open the run's folder; show what is there before training."""
-    open_folder(run, config, about, trainer.schedule.last_epoch)
+    open_folder(run, config, header, trainer.schedule.last_epoch)
     if not run.network:
         show_start(run.writer, trainer.network, sets[1].split, config, trainer.device)
         show(run.writer, trainer.network, sets, 0, 0, config)
 
 
-def open_folder(run: Run, config: Config, about: dict, step: int) -> None:
+def open_folder(run: Run, config: Config, header: dict, step: int) -> None:
     """Make a new run's folder, and open all that is written into it, from after this step on.
 
     Folders with something in them are left alone. Raises OSError.
@@ -1101,7 +1127,7 @@ def open_folder(run: Run, config: Config, about: dict, step: int) -> None:
     if not again:
         make_folder(run, config)
     model.write(run.folder / "config.toml", (mark(run.job) + as_toml(config)).encode())
-    run.about, run.writer = about, views.board(run.folder, step + bool(step) if again else None)
+    run.header, run.writer = header, views.board(run.folder, step + bool(step) if again else None)
     if again:
         mend_best(run)
         run.write_metrics()
@@ -1129,7 +1155,7 @@ def is_empty(folder: Path) -> bool:
     return {path.name for path in folder.iterdir()} <= {LOCK}
 
 
-def about(config: Config, options: dict, classes: list[str]) -> dict:
+def header(config: Config, options: dict, classes: list[str]) -> dict:
     """The part of a checkpoint that all of a run have in common."""
     return {
         "format": model.FORMAT,
@@ -1255,45 +1281,56 @@ def reopen(run: Run, folder: Path) -> None:
 
 
 def resumed_config(run: Run, given: dict) -> Config:
-    """The run's own config, with what was given anew. Raises ConfigError for what cannot change any more, and
-    CheckpointError for a checkpoint without what resuming needs."""
-    config = read_config(run.folder / "config.toml")
-    if run.checkpoint:
-        try:
-            of_run = Config(**checked(run.checkpoint["config"], str))
-            for name in RESUMED:
-                setattr(run, name, run.checkpoint["training"][name])
-            problem = bad_history(run, of_run)
-        except (ConfigError, KeyError, TypeError, AttributeError) as error:
-            hint = f"--weights {quoted(run.folder / 'best.pt')} starts a new run from its weights"
-            raise model.CheckpointError(
-                f"{run.folder}: its checkpoint is of a version without --resume; {hint}"
-            ) from error
-        if problem:
-            raise model.CheckpointError(f"{run.folder}: its checkpoint's {problem}")
-        # What can change was perhaps changed after that checkpoint.
-        config = replace(
-            of_run, **{name: getattr(config, name) for name in Config.__dataclass_fields__ if may_change(name)}
-        )
-    if given.get("run_name") == run.folder.name:
-        del given["run_name"]
-    for name, value in given.items():
-        same = value == getattr(config, name) or (name in RESOLVED and value in ("auto", 0, ()))
-        if not same and not may_change(name) and not (name == "data" and Path(value).is_dir()):
-            raise ConfigError(
-                f"{flag(name)}: the run has {getattr(config, name)!r}, which cannot change any more; "
-                f"--weights {quoted(run.folder / 'best.pt')} starts a new run from its weights"
-            )
+    """The run's own config, with what was given anew; an end that this puts off is taken out of the history.
+
+    Raises ConfigError for what cannot change any more, CheckpointError for a checkpoint without what resuming needs.
+    """
+    config = own_config(run)
+    check_changes(run, config, given)
     given = {name: value for name, value in given.items() if may_change(name) or name == "data"}
     changed = replace(config, **given | {"log_dir": str(run.folder.parent), "run_name": ""})
-    if config.epochs > changed.epochs <= len(run.history):
-        raise ConfigError(f"--epochs {changed.epochs}: the run has {len(run.history)} epochs already")
-    if config.epochs != changed.epochs and config.hardest < 1 and run.checkpoint.get("training", {}).get("sums"):
-        raise ConfigError("--epochs: --hardest pictures of an interrupted epoch depend on it; first go on without it")
     why = run.history[-1].get("ended") if run.history else None
     if why and (getattr(changed, why) != getattr(config, why) or changed.epochs > config.epochs):
         del run.history[-1]["ended"]
     return changed
+
+
+def own_config(run: Run) -> Config:
+    """The config of a run, which also gets back what of it its checkpoint holds; raises CheckpointError."""
+    config = read_config(run.folder / "config.toml")
+    if not run.checkpoint:
+        return config
+    try:
+        of_checkpoint = Config(**checked(run.checkpoint["config"], str))
+        for name in RESUMED:
+            setattr(run, name, run.checkpoint["training"][name])
+        trouble = bad_history(run, of_checkpoint)
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        hint = f"--weights {quoted(run.folder / 'best.pt')} starts a new run from its weights"
+        raise model.CheckpointError(f"{run.folder}: its checkpoint is of a version without --resume; {hint}") from error
+    if trouble:
+        raise model.CheckpointError(f"{run.folder}: its checkpoint's {trouble}")
+    # What can change was perhaps changed after that checkpoint.
+    return replace(
+        of_checkpoint, **{name: getattr(config, name) for name in Config.__dataclass_fields__ if may_change(name)}
+    )
+
+
+def check_changes(run: Run, config: Config, given: dict) -> None:
+    """Raises ConfigError for what cannot change any more."""
+    for name, value in given.items():
+        same = value == getattr(config, name) or (name in RESOLVED and value in ("auto", 0, ()))
+        same |= (name == "run_name" and value == run.folder.name) or (name == "data" and Path(value).is_dir())
+        if not same and not may_change(name):
+            raise ConfigError(
+                f"{flag(name)}: the run has {getattr(config, name)!r}, which cannot change any more; "
+                f"--weights {quoted(run.folder / 'best.pt')} starts a new run from its weights"
+            )
+    epochs = given.get("epochs", config.epochs)
+    if config.epochs > epochs <= len(run.history):
+        raise ConfigError(f"--epochs {epochs}: the run has {len(run.history)} epochs already")
+    if config.epochs != epochs and config.hardest < 1 and run.checkpoint.get("training", {}).get("sums"):
+        raise ConfigError("--epochs: --hardest pictures of an interrupted epoch depend on it; first go on without it")
 
 
 def may_change(name: str) -> bool:
@@ -1316,8 +1353,9 @@ def bad_history(run: Run, config: Config) -> str | None:
             or metrics.get("ended", "patience") not in ("patience", "time_limit")
         ):
             return "history holds impossible values"
-    trained = run.trained is None or (model.is_plain(run.trained) and {*numbers[:5]} <= {*run.trained})
-    if not trained or not isinstance(run.pictures, int) or not all(name.isprintable() for name in run.mistakes):
+    trained = run.unevaluated
+    whole = trained is None or (model.is_plain(trained) and {*numbers[:5]} <= {*trained})
+    if not whole or not isinstance(run.pictures, int) or not all(name.isprintable() for name in run.mistakes):
         return "training holds impossible values"
     return None
 
@@ -1341,7 +1379,7 @@ def go_on(run: Run, trainer: Trainer, train_set: datasets.Pictures, config: Conf
         if type(error) is RuntimeError and trainer.group.count > 1:  # perhaps another process is gone
             raise
         raise model.CheckpointError(f"{run.folder}: its training cannot go on: {str(error)[:200]}") from error
-    where = f" at step {trainer.sums.step}" if trainer.sums else " with its evaluation" if run.trained else ""
+    where = f" at step {trainer.sums.step}" if trainer.sums else " with its evaluation" if run.unevaluated else ""
     where = "is finished" if has_ended(run.history, config) else f"goes on in epoch {len(run.history) + 1}{where}"
     note(config, f"{run.folder}: {where}")
     if epochs != config.epochs:
@@ -1386,13 +1424,13 @@ def show_start(writer, network: nn.Module, split: str, config: Config, device: t
         writer.file_writer.add_summary(summary)
     together = {what: ["Multiline", [f"{what}/train", f"{what}/{split}"]] for what in ("loss", "accuracy")}
     writer.add_custom_scalars({"training against what was held back": together})
-    about = {
+    machine = {
         "revision": revision(),
         "device": str(device),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }
-    for name, rows in (("config", values), ("machine", about)):
+    for name, rows in (("config", values), ("machine", machine)):
         lines = [f"| {key} | {value} |" for key, value in rows.items()]
         writer.add_text(name, "\n".join(["| | |", "| --- | --- |", *lines]))
 
@@ -1416,7 +1454,10 @@ def show(
     answers: tuple = (),
     last: bool = False,
 ):
-    """Draw what is due after an epoch; `answers` are shares and labels of the last set, none before training (0)."""
+    """Draw what is due after an epoch (0: before training).
+
+    `answers`, if there are any yet, are the class probabilities and labels of the last set.
+    """
     every = config.view_every or math.ceil(config.epochs / 10)
     if not config.views or (epoch % every and not last):
         return
@@ -1426,33 +1467,18 @@ def show(
         step,
         network.eval(),
         test_set.classes,
-        lambda: look(train_set, torch.arange(min(16, len(train_set))), epoch, config)[1:],
-        lambda places: look(test_set, places),
+        lambda: train_set.look(torch.arange(min(16, len(train_set))), augmentation(config), config.seed, epoch)[1:],
+        test_set.look,
         *answers,
     )
     if config.histograms and epoch:
         views.write_histograms(writer, step, network)
 
 
-def look(
-    pictures: datasets.Pictures, places: Tensor, epoch: int = 0, config: Config | None = None
-) -> tuple[Tensor, ...]:
-    """Pictures at these places: float as the network gets them, uint8 as a person does, and their labels.
-
-    With a config they are augmented as its training pictures in this epoch.
-    """
-    augment, seed = (augmentation(config), config.seed) if config else (None, 0)
-    chosen = pictures.take(places.cpu())
-    if isinstance(chosen, datasets.Streamed):
-        chosen = replace(chosen, workers=0)  # to start processes takes longer than to read a few files
-    inputs, labels = next(chosen.batches(len(places), False, augment, seed, epoch))
-    return inputs, datasets.denormalize(inputs, pictures.mean, pictures.std), labels
-
-
 def show_embedding(run: Run, network: nn.Module, head: list[str], test_set: datasets.Pictures, config: Config) -> None:
     """1,000 test pictures in TensorBoard's projector, by what the head gets to see of them."""
     frozen, places = model.HeadOnly(network, head, config.image_size), torch.arange(min(1000, len(test_set)))
-    parts = [look(test_set, part) for part in places.split(test_set.evaluation_batch)]
+    parts = [test_set.look(part) for part in places.split(test_set.evaluation_batch)]
     hidden, images, labels = (
         torch.cat(part) for part in zip(*((frozen.features(x), *y) for x, *y in parts), strict=True)
     )
@@ -1460,7 +1486,7 @@ def show_embedding(run: Run, network: nn.Module, head: list[str], test_set: data
     views.write_embedding(run.writer, run.history[-1]["step"], hidden.flatten(1), images, names)
 
 
-def log(writer, metrics: dict, memory: float) -> None:
+def log_metrics(writer, metrics: dict, memory: float) -> None:
     """One epoch's metrics into TensorBoard."""
     for name, value in metrics.items():
         split, _, what = name.partition("_")
@@ -1474,15 +1500,15 @@ def log(writer, metrics: dict, memory: float) -> None:
 # ---- the end of an epoch, and of a run -------------------------------------------------------------------------------
 
 
-def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], config: Config) -> bool:
+def add_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], config: Config) -> bool:
     """Take an epoch into the run's history, with the reason if it is to be the last; whether it is the best so far."""
-    run.trained = None
+    run.unevaluated = None
     if trainer.sums:  # no time was left for the rest
         trainer.end_epoch()
     run.history.append(metrics)
     since_best = len(run.history) - best_of(run.history)["epoch"]
-    if not since_best and run.about:
-        run.mistakes = views.worst_pairs(views.count_pairs(*answers), run.about["classes"])
+    if not since_best and run.header:
+        run.mistakes = views.worst_pairs(views.count_pairs(*answers), run.header["classes"])
     time_is_over = any(trainer.group.gather(trainer.clock.is_over()))
     if len(run.history) < config.epochs and time_is_over:
         metrics["ended"] = "time_limit"
@@ -1491,17 +1517,17 @@ def end_epoch(run: Run, trainer: Trainer, metrics: dict, answers: list[Tensor], 
     return not since_best
 
 
-def record(
+def record_epoch(
     run: Run, trainer: Trainer, sets: list[datasets.Pictures], answers: list, config: Config, is_best: bool
 ) -> None:
     """Show, save and print what an epoch came to; in the first process."""
     metrics, ends = run.history[-1], has_ended(run.history, config)
     show(run.writer, trainer.network, sets, metrics["epoch"], metrics["step"], config, answers, ends)
-    log(run.writer, metrics, memory_used(trainer.device))
+    log_metrics(run.writer, metrics, memory_used(trainer.device))
     if ends and config.views and config.embedding:
-        head = model.head_keys(config.model, run.about["model"]["options"])
+        head = model.head_keys(config.model, run.header["model"]["options"])
         views.attempt("embedding", lambda: show_embedding(run, trainer.network, head, sets[1], config))
-    save_epoch(run, trainer, config, is_best, line(metrics, sets[1].split, config, is_best))
+    save_epoch(run, trainer, config, is_best, epoch_line(metrics, sets[1].split, config, is_best))
 
 
 def save_epoch(run: Run, trainer: Trainer, config: Config, is_best: bool, text: str) -> None:
@@ -1549,12 +1575,12 @@ def save(run: Run, name: str, content: memoryview) -> bool:
     return run.attempt(name, lambda: model.write(run.folder / name, content))
 
 
-def leave(run: Run, trainer: Trainer, trained: dict) -> int:
+def save_interrupted(run: Run, trainer: Trainer, metrics: dict) -> int:
     """Save an interrupted run, and say how to go on; returns the exit status."""
     if trainer.group.rank:
         return 130
     run.wait()
-    run.trained = None if trainer.sums else trained  # of an epoch whose steps are all done
+    run.unevaluated = None if trainer.sums else metrics  # of an epoch whose steps are all done
     save_best(run)
     where = f"epoch {len(run.history) + 1}, {f'step {trainer.sums.step}' if trainer.sums else 'after its steps'}"
     saved = save(run, INTERRUPTED, packed(run, trainer))
@@ -1565,7 +1591,7 @@ def leave(run: Run, trainer: Trainer, trained: dict) -> int:
     return 130
 
 
-def finish(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Config) -> None:
+def finish_run(run: Run, trainer: Trainer, sets: list[datasets.Pictures], config: Config) -> None:
     """Say where the best checkpoint is, what it mistakes, and how to go on; with held-out pictures, test it now, once.
 
     Raises TrainingError when something could not be saved.
@@ -1605,7 +1631,7 @@ def test_best(run: Run, trainer: Trainer, test_set: datasets.Pictures, config: C
     test, *answers = evaluate(replace(trainer, trains=trainer.network), test_set, config)
     best |= test
     if trainer.group.rank == 0:
-        run.mistakes = views.worst_pairs(views.count_pairs(*answers), run.about["classes"])
+        run.mistakes = views.worst_pairs(views.count_pairs(*answers), run.header["classes"])
         for name, value in test.items():
             run.writer.add_scalar(f"{name.partition('_')[2]}/test", value, best["step"])
         save(run, "best.pt", model.packed(checkpoint | {"metrics": best}))
@@ -1621,13 +1647,13 @@ def say_what(
     sizes = ", ".join(f"{len(pictures):,} {pictures.split}" for pictures in sets)
     parameters = list(network.parameters())
     count, training = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
-    about = f"{config.model}: {count:,} parameters"
+    what = f"{config.model}: {count:,} parameters"
     if training < count:
-        about += f", {training:,} of them trained"
+        what += f", {training:,} of them trained"
     if config.weights != "none":
-        about += f", from {config.weights}"
+        what += f", from {config.weights}"
     where = f"{group.count} processes, this one on {device}" if group.count > 1 else device
-    note(config, f"{config.data}: {sizes} pictures; {about}; {where}")
+    note(config, f"{config.data}: {sizes} pictures; {what}; {where}")
 
 
 def note(config: Config, text: str) -> None:
@@ -1636,7 +1662,7 @@ def note(config: Config, text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def line(metrics: dict, split: str, config: Config, best: bool) -> str:
+def epoch_line(metrics: dict, split: str, config: Config, best: bool) -> str:
     """An epoch in one line of at most 100 columns."""
     epoch = f"{metrics['epoch']:>{len(str(config.epochs))}}/{config.epochs}"
     train = f"train loss {metrics['train_loss']:.3f} acc {metrics['train_accuracy']:.1%}"
@@ -1658,21 +1684,22 @@ def main(argv: list[str] | None = None) -> int:
     clock = Clock()
     config, given, resume = parse(argv)
     with Group(config.timeout) as group, Run() as run:
-        config, trained = begin(run, config, given, resume, group)
+        config, pretrained = agree_on_config(run, config, given, resume, group)
         clock.limit = 60 * config.time_limit or math.inf
         device = pick(config.device, group)
         precision = pick_precision(config.precision, device)
         tune(device, config.deterministic)
         if config.quiet:
             os.environ["TQDM_DISABLE"] = "1"  # of all bars
-        check_network(config, trained, run, group)
+        check_network(config, pretrained, run, group)
 
         train_set, *eval_sets = load_data(config, device, group)  # the first of eval_sets chooses the best epoch
         shown_sets = [train_set, eval_sets[0]]
         config = replace(config, mean=train_set.mean, std=train_set.std)
 
-        network, head, options = make_network(config, train_set, trained, run, group)
-        network, trained = network.to(device, memory_format=memory_format(device)), None  # its memory is free again
+        network, head, options = make_network(config, train_set, pretrained, run, group)
+        network = network.to(device, memory_format=memory_format(device))
+        del pretrained  # whose memory is free again
         network = model.synchronise(network, device) if config.sync_bn and group.count > 1 else network
         say_what(config, (train_set, *eval_sets), network, device, group)
 
@@ -1683,23 +1710,23 @@ def main(argv: list[str] | None = None) -> int:
             clock.ending = len(eval_sets) * evaluation_seconds(trainer, epoch_sets[1], config)
         go_on(run, trainer, train_set, config)
         if group.rank == 0:
-            start(run, trainer, shown_sets, config, about(config, options, train_set.classes))
+            open_run(run, trainer, shown_sets, config, header(config, options, train_set.classes))
         with Interrupts(group) as interrupts:
             votes = Votes(group, interrupts, clock)
             while not has_ended(run.history, config):
                 epoch = len(run.history) + 1
-                metrics = run.trained or train_epoch(trainer, epoch_sets[0], config, epoch, run.writer, votes.stop)
+                metrics = run.unevaluated or train_epoch(trainer, epoch_sets[0], config, epoch, run.writer, votes.stop)
                 trained_seconds = clock.seconds()
                 try:
                     held_out, *answers = evaluate(trainer, epoch_sets[1], config, votes.check)
                 except Interrupted:
-                    return leave(run, trainer, metrics)
+                    return save_interrupted(run, trainer, metrics)
                 metrics |= held_out
-                is_best = end_epoch(run, trainer, metrics, answers, config)
+                is_best = add_epoch(run, trainer, metrics, answers, config)
                 if group.rank == 0:
-                    record(run, trainer, shown_sets, answers, config, is_best)
+                    record_epoch(run, trainer, shown_sets, answers, config, is_best)
                 clock.ending = max(clock.ending, (clock.seconds() - trained_seconds) * len(eval_sets))
-        finish(run, trainer, eval_sets, config)
+        finish_run(run, trainer, eval_sets, config)
     return 0
 
 

@@ -20,6 +20,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from device import reason
+from model import watched
+
 CIVIDIS = ["00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "e1cc55", "fee838"]
 BACKGROUND, TEXT = (255, 255, 255), (30, 30, 30)
 TILE = 96  # pixels, about, that a picture is enlarged to
@@ -90,16 +93,16 @@ def samples(images: Tensor, labels: Tensor, classes: Sequence[str]) -> np.ndarra
     return grid([enlarged(picture, TILE) for picture in arrays(images)], [classes[label] for label in labels.tolist()])
 
 
-def most_mistaken(shares: Tensor, labels: Tensor, count: int = 16) -> Tensor:
-    """The places of the wrong answers that were given with the most confidence, from shares `(N, classes)`."""
-    confidence, guesses = shares.max(1)
+def most_mistaken(probabilities: Tensor, labels: Tensor, count: int = 16) -> Tensor:
+    """The places of the wrong answers that were given with the most confidence, from probabilities `(N, classes)`."""
+    confidence, guesses = probabilities.max(1)
     wrong = (guesses != labels).nonzero().squeeze(1)
     return wrong[confidence[wrong].argsort(descending=True, stable=True)[:count]]
 
 
-def mistakes(images: Tensor, labels: Tensor, shares: Tensor, classes: Sequence[str]) -> np.ndarray:
+def mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, classes: Sequence[str]) -> np.ndarray:
     """Wrongly answered uint8 images `(N, 3, H, W)`, each with its truth, the guess, and the share the guess got."""
-    confidence, guesses = (values.tolist() for values in shares.max(1))
+    confidence, guesses = (values.tolist() for values in probabilities.max(1))
     captions = [
         f"is {classes[label]}\n{share:.0%} {classes[guess]}"
         for label, guess, share in zip(labels.tolist(), guesses, confidence, strict=True)
@@ -114,10 +117,10 @@ def note(text: str) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def count_pairs(shares: Tensor, labels: Tensor) -> Tensor:
-    """How often each class (rows) was taken for each, int64 `(classes, classes)`, from shares `(N, classes)`."""
-    classes = shares.shape[1]
-    return torch.bincount(labels * classes + shares.argmax(1), minlength=classes**2).view(classes, classes).cpu()
+def count_pairs(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """How often each class (rows) was taken for each, int64 `(classes, classes)`, from probabilities `(N, classes)`."""
+    classes = probabilities.shape[1]
+    return torch.bincount(labels * classes + probabilities.argmax(1), minlength=classes**2).view(classes, classes).cpu()
 
 
 def confusion(counts: Tensor, classes: Sequence[str]) -> np.ndarray:
@@ -181,19 +184,16 @@ def filters(network: nn.Module, most: int = 64) -> np.ndarray:
     return grid([enlarged(picture, 48) for picture in pictures], columns=16)
 
 
-def outputs(network: nn.Module, image: Tensor, most: int = 24) -> dict[str, Tensor]:
+def leaves(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers without others inside, with their names."""
+    return [(name, layer) for name, layer in network.named_modules() if not list(layer.children())]
+
+
+def layer_maps(network: nn.Module, image: Tensor, most: int = 24) -> dict[str, Tensor]:
     """What layers make of one image `(1, 3, H, W)`, by their names: maps `(C, H, W)`; at most `most`, evenly chosen."""
-    seen, hooks = {}, []
-    for name, layer in network.named_modules():
-        if not list(layer.children()):
-            hook = lambda _, __, output, name=name: seen.update({name: output.detach().clone()})  # noqa: E731
-            hooks.append(layer.register_forward_hook(hook))
-    try:
-        with torch.no_grad():
-            network(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    # A copy, for an in-place ReLU may follow.
+    with watched(leaves(network), lambda output: output.clone()) as seen, torch.no_grad():
+        network(image)
     maps = {name: output[0].float().cpu() for name, output in seen.items() if output.ndim == 4 and output.shape[-1] > 1}
     kept = np.linspace(0, len(maps) - 1, min(most, len(maps))).round().astype(int)
     return {name: maps[name] for name in (list(maps)[place] for place in kept)}
@@ -205,25 +205,17 @@ def features(maps: Tensor, most: int = 32) -> np.ndarray:
     return grid([enlarged(picture, 64) for picture in pictures], columns=8)
 
 
-def saliency(network: nn.Module, image: Tensor, label: int | None = None) -> Tensor:
-    """Which pixels of an image `(1, 3, H, W)` the answer (or that of `label`) hangs on: `(H, W)` in [0, 1].
+def saliency(network: nn.Module, image: Tensor) -> Tensor:
+    """Which pixels of an image `(1, 3, H, W)` the answer hangs on: `(H, W)` in [0, 1].
 
     Grad-CAM (Selvaraju et al. 2017, arxiv.org/abs/1610.02391) at the last layer whose output is a map of at least 4x4;
     the size of the input's gradient (Simonyan et al. 2014, arxiv.org/abs/1312.6034) where there is none.
     """
-    seen = []
-    keep = lambda _, __, output: seen.append(output) if is_map(output) else None  # noqa: E731
-    hooks = [layer.register_forward_hook(keep) for layer in network.modules() if not list(layer.children())]
     image = image.detach().clone().requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            logits = network(image)
-            logit = logits[0].max() if label is None else logits[0, label]
-            at = seen[-1] if seen else image
-            [gradient] = torch.autograd.grad(logit, [at])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched(leaves(network), lambda output: output) as seen, torch.enable_grad():
+        logit = network(image)[0].max()
+        at = next((output for output in reversed(seen.values()) if is_map(output)), image)
+        [gradient] = torch.autograd.grad(logit, [at])
     if at is image:
         heat = gradient.abs().amax(1, keepdim=True)
     else:
@@ -251,7 +243,7 @@ def saliencies(images: Tensor, heats: Sequence[Tensor], captions: Sequence[str])
     return grid(pairs, captions, columns=2)
 
 
-def explained(picture: np.ndarray, heat: Tensor, names: Sequence[str], shares: Sequence[float]) -> np.ndarray:
+def explained(picture: np.ndarray, heat: Tensor, names: Sequence[str], probabilities: Sequence[float]) -> np.ndarray:
     """A picture `(H, W, 3)` as the network saw it, what the answer hangs on, and the top classes as bars."""
     side, bar = 288, 34
     parts = [enlarged(part, side) for part in (picture, salient(picture, heat))]
@@ -264,7 +256,7 @@ def explained(picture: np.ndarray, heat: Tensor, names: Sequence[str], shares: S
         canvas.paste(Image.fromarray(part), (x, 40))
     left = 60 + 2 * parts[0].shape[1]
     draw.text((left, 12), "what it says", TEXT, font(16))
-    for number, (name, share) in enumerate(zip(names, shares, strict=True)):
+    for number, (name, share) in enumerate(zip(names, probabilities, strict=True)):
         y = 40 + number * bar
         draw.rectangle((left, y + 16, left + 270, y + 26), (228, 228, 228))
         draw.rectangle((left, y + 16, left + round(270 * share), y + 26), tuple(colours(np.array(0.15)).tolist()))
@@ -350,12 +342,12 @@ def attempt(name: str, draw: Callable[[], object]) -> None:
     try:
         draw()
     except Exception as error:  # networks of a user's own and full disks fail in all kinds of ways
-        report_once(name, " ".join(str(error).split())[:200] or type(error).__name__)
+        report_once(name, reason(error))
 
 
 @cache
-def report_once(name: str, reason: str) -> None:
-    print(f"no {name} in TensorBoard: {reason}", file=sys.stderr)
+def report_once(name: str, why: str) -> None:
+    print(f"no {name} in TensorBoard: {why}", file=sys.stderr)
 
 
 Test = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # places -> pictures for the network, uint8, their labels
@@ -368,14 +360,14 @@ def write(
     classes: Sequence[str],
     training: Callable[[], tuple[Tensor, Tensor]],
     test: Test,
-    shares: Tensor | None = None,
+    probabilities: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> None:
     """Write all pictures of a network in eval mode, and PR curves, into a SummaryWriter.
 
     `training` gives some uint8 training images and their labels; `test` gives the test pictures at some places: float
-    as the network gets them, uint8, and their labels. `shares` `(N, classes)` and `labels` `(N,)` are the answers to
-    the test set and the truth; without them the views of answers are left out.
+    as the network gets them, uint8, and their labels. `probabilities` `(N, classes)` and `labels` `(N,)` are the
+    answers to the test set and the truth; without them the views of answers are left out.
     """
 
     def picture(name: str, make: Callable[[], np.ndarray]) -> None:
@@ -384,39 +376,39 @@ def write(
     picture("samples", lambda: samples(*training(), classes))
     picture("filters", lambda: filters(network))
     attempt("features", lambda: write_features(writer, step, network, test))
-    if shares is not None:
-        picture("confusion", lambda: confusion(count_pairs(shares, labels), classes))
-        picture("mistakes", lambda: mistakes_in(test, shares, labels, classes))
-        picture("saliency", lambda: saliency_in(network, test, shares, classes))
-        attempt("pr", lambda: write_curves(writer, step, shares, labels, classes))
+    if probabilities is not None:
+        picture("confusion", lambda: confusion(count_pairs(probabilities, labels), classes))
+        picture("mistakes", lambda: mistakes_in(test, probabilities, labels, classes))
+        picture("saliency", lambda: saliency_in(network, test, probabilities, classes))
+        attempt("pr", lambda: write_curves(writer, step, probabilities, labels, classes))
 
 
 def write_features(writer, step: int, network: nn.Module, test: Test) -> None:
     image, _, _ = test(torch.tensor([0]))
-    for name, maps in outputs(network, image).items():
+    for name, maps in layer_maps(network, image).items():
         writer.add_image(f"features/{name}", features(maps), step, dataformats="HWC")
 
 
-def mistakes_in(test: Test, shares: Tensor, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
-    places = most_mistaken(shares, labels)
+def mistakes_in(test: Test, probabilities: Tensor, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
+    places = most_mistaken(probabilities, labels)
     if not len(places):
         return note("no mistakes")
     _, images, truths = test(places)
-    return mistakes(images, truths, shares[places], classes)
+    return mistakes(images, truths, probabilities[places], classes)
 
 
-def saliency_in(network: nn.Module, test: Test, shares: Tensor, classes: Sequence[str]) -> np.ndarray:
-    places = torch.arange(min(8, len(shares)))
+def saliency_in(network: nn.Module, test: Test, probabilities: Tensor, classes: Sequence[str]) -> np.ndarray:
+    places = torch.arange(min(8, len(probabilities)))
     inputs, images, truths = test(places)
     heats = [saliency(network, image[None]) for image in inputs]
-    pairs = zip(shares[: len(places)].argmax(1).tolist(), truths.tolist(), strict=True)
+    pairs = zip(probabilities[: len(places)].argmax(1).tolist(), truths.tolist(), strict=True)
     captions = [classes[guess] + f" (is {classes[truth]})" * (guess != truth) for guess, truth in pairs]
     return saliencies(images, heats, captions)
 
 
-def write_curves(writer, step: int, shares: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+def write_curves(writer, step: int, probabilities: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
     for place, name in enumerate(classes[:MOST_CLASSES]):
-        writer.add_pr_curve(f"pr/{name}", labels == place, shares[:, place], step)
+        writer.add_pr_curve(f"pr/{name}", labels == place, probabilities[:, place], step)
 
 
 def write_histograms(writer, step: int, network: nn.Module) -> None:

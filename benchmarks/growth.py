@@ -37,7 +37,7 @@ def main() -> None:
     tune(device)
     [pictures] = datasets.load(args.data, device=device, splits=["train"])
     pictures = pictures.take(torch.randperm(len(pictures))[: 4000 if args.quick else 40_000])
-    options = train.network_options(config, 10)
+    options = train.options_for(config, 10)
     network = model.create(config.model, options).to(device, memory_format=memory_format(device))
     head, precision = model.head_keys(config.model, options), pick_precision(config.precision, device)
     trainer = train.make_trainer(network, config, 10**6, device, precision, head)

@@ -78,7 +78,7 @@ def main() -> None:
     [train_set] = datasets.load("shapes", device=device, splits=["train"])
 
     def new_trainer() -> train.Trainer:
-        options = train.network_options(config, len(train_set.classes))
+        options = train.options_for(config, len(train_set.classes))
         network = model.create(config.model, options).to(device, memory_format=memory_format(device)).train()
         return train.make_trainer(network, config, 10**6, device, precision, model.head_keys(config.model, options))
 

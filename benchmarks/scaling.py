@@ -52,7 +52,7 @@ def side(rounds: int, flags: list[str]) -> None:
         train_set = train_set.take(torch.arange(PICTURES) % len(train_set))
 
         def new_trainer() -> train.Trainer:
-            options = train.network_options(config, len(train_set.classes))
+            options = train.options_for(config, len(train_set.classes))
             network = model.create(config.model, options).to(device, memory_format=memory_format(device)).train()
             network = model.synchronise(network, device) if config.sync_bn and group.count > 1 else network
             head = model.head_keys(config.model, options)

@@ -80,7 +80,7 @@ def ours(pictures: datasets.Pictures, precision: str) -> Callable[[int], object]
     """A function that trains one epoch of the same network by train.py."""
     config, _ = train.resolve(train.parse(["--config", CONFIG, "--precision", precision, "--device", "cpu"])[0])
     device = pick("cpu")
-    network = model.create("cifar_quick", train.network_options(config, 10)).to(memory_format=memory_format(device))
+    network = model.create("cifar_quick", train.options_for(config, 10)).to(memory_format=memory_format(device))
     trainer = train.make_trainer(network, config, 10**6, device, pick_precision(precision, device))
     return lambda epoch: train.train_epoch(trainer, pictures, config, epoch, views.NoBoard())
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import model
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,10 @@ def script(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
 
     return start
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    model.write(path, model.packed(checkpoint))
 
 
 def same_weights(first: Path, second: Path) -> bool:

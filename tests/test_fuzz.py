@@ -184,6 +184,6 @@ def test_damaged_checkpoints_answer_or_are_named(cases, tmp_path):
         good += 1
         assert model.describe(path).replace("\n", "").isprintable()
         if checkpoint["image_size"] == 8:
-            shares = predict.shares(network, checkpoint, images)
-            assert shares.shape == (1, len(checkpoint["classes"]))
+            probabilities = predict.probabilities(network, checkpoint, images)
+            assert probabilities.shape == (1, len(checkpoint["classes"]))
     assert 0.02 < good / cases < 0.9

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, same_weights
+from conftest import ROOT, same_weights, save
 from torch import nn
 
 import datasets
@@ -250,7 +250,7 @@ def test_probabilities_are_shares_of_one(kind):
 def test_a_saved_network_answers_the_same(network, checkpoint, tmp_path):
     images = torch.rand(4, 3, 32, 32)
     network.train()(images)  # moves the batch statistics, which must be saved too
-    model.save(tmp_path / "a.pt", checkpoint)
+    save(tmp_path / "a.pt", checkpoint)
     loaded, content = model.load(tmp_path / "a.pt")
     assert not loaded.training and content["classes"] == ["a", "b", "c"]
     with torch.no_grad():
@@ -261,7 +261,7 @@ def test_a_saved_network_answers_the_same(network, checkpoint, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit the size of files")
 def test_saving_replaces_a_file_whole_or_not_at_all(checkpoint, tmp_path):
     path = tmp_path / "a.pt"
-    model.save(path, checkpoint)
+    save(path, checkpoint)
     whole = path.read_bytes()
 
     code = (
@@ -270,7 +270,7 @@ def test_saving_replaces_a_file_whole_or_not_at_all(checkpoint, tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"  # as good as a full disk
         "try:\n"
-        "    model.save(path, torch.load(path, weights_only=True))\n"
+        "    model.write(path, model.packed(torch.load(path, weights_only=True)))\n"
         "except OSError as error:\n"
         "    sys.exit(error.strerror)\n"
     )
@@ -350,7 +350,7 @@ def damage(kind: str, path, checkpoint: dict) -> None:
         prefixed = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
         torch.save(checkpoint | {"state_dict": prefixed}, path)
     elif kind == "flipped":
-        model.save(path, checkpoint)
+        save(path, checkpoint)
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
@@ -360,16 +360,16 @@ def damage(kind: str, path, checkpoint: dict) -> None:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     elif kind == "compressed":  # a few kilobytes that become gigabytes
-        model.save(path, checkpoint)
+        save(path, checkpoint)
         with zipfile.ZipFile(path) as plain:
             parts = {entry.filename: plain.read(entry) for entry in plain.infolist()}
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
             for name, content in parts.items():
                 file.writestr(name, content)
     elif kind == "many values":
-        model.save(path, checkpoint | {"metrics": {"a": [0.5] * 2_000_000}})
+        save(path, checkpoint | {"metrics": {"a": [0.5] * 2_000_000}})
     elif kind in STRANGE:
-        model.save(path, checkpoint | STRANGE[kind](checkpoint["state_dict"]))
+        save(path, checkpoint | STRANGE[kind](checkpoint["state_dict"]))
 
 
 STRANGE = {  # what a stranger may put into a checkpoint, by what it is
@@ -452,7 +452,7 @@ def test_files_that_must_not_load_are_named_with_the_reason(kind, reason, checkp
 
 
 def test_no_flipped_byte_goes_unnoticed(tmp_path):
-    model.save(tmp_path / "a.pt", model.read(FORMAT_1))
+    save(tmp_path / "a.pt", model.read(FORMAT_1))
     content, path = (tmp_path / "a.pt").read_bytes(), tmp_path / "b.pt"
     for at in [*range(0, len(content), 997), *range(len(content) - 100, len(content))]:
         path.write_bytes(content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :])
@@ -494,7 +494,7 @@ def test_what_a_file_holds(capsys):
 
 def exported(checkpoint, tmp_path, name, capsys):
     """Export a checkpoint by the command line; returns its pictures in [0, 1], their logits, and the new file."""
-    model.save(tmp_path / "a.pt", checkpoint)
+    save(tmp_path / "a.pt", checkpoint)
     path = tmp_path / name
     assert model.cli(["--checkpoint", str(tmp_path / "a.pt"), "--export", str(path)]) == 0
     assert "gives the network's own answers" in capsys.readouterr().out
@@ -539,7 +539,7 @@ class Moody(model.CifarQuick):
 
 def test_a_failed_export_leaves_no_file(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(model.NETWORKS, "cifar_quick", Moody)
-    model.save(tmp_path / "a.pt", checkpoint)
+    save(tmp_path / "a.pt", checkpoint)
     assert model.cli(["--checkpoint", str(tmp_path / "a.pt"), "--export", str(tmp_path / "b.pt2")]) == 1
     error = capsys.readouterr().err
     assert "b.pt2 was not written, the export failed: " in error and error.count("\n") == 1
@@ -547,8 +547,8 @@ def test_a_failed_export_leaves_no_file(checkpoint, tmp_path, capsys, monkeypatc
 
 
 def test_same_weights_tells_networks_apart(checkpoint, tmp_path):
-    model.save(tmp_path / "a.pt", checkpoint)
+    save(tmp_path / "a.pt", checkpoint)
     other = {name: value + 1 for name, value in checkpoint["state_dict"].items()}
-    model.save(tmp_path / "b.pt", checkpoint | {"state_dict": other})
+    save(tmp_path / "b.pt", checkpoint | {"state_dict": other})
     assert same_weights(tmp_path / "a.pt", tmp_path / "a.pt")
     assert not same_weights(tmp_path / "a.pt", tmp_path / "b.pt")

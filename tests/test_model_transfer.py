@@ -7,6 +7,7 @@ import urllib.error
 
 import pytest
 import torch
+from conftest import save
 from torch import nn
 
 import model
@@ -78,7 +79,7 @@ def test_every_network_gets_a_new_head_answers_and_comes_back(any_name, tmp_path
     trains = {name for name, p in network.named_parameters() if p.requires_grad}
     assert trains == {key for key in head if key.startswith(f"{last_layer}.")}
 
-    model.save(tmp_path / "a.pt", a_checkpoint(any_name, options, network))
+    save(tmp_path / "a.pt", a_checkpoint(any_name, options, network))
     del network
     loaded, _ = model.load(tmp_path / "a.pt")
     (tmp_path / "a.pt").unlink()  # some have a gigabyte
@@ -172,7 +173,7 @@ def test_imagenet_weights_load_from_where_torch_keeps_them(name, hub):
     torch.manual_seed(0)
     original = TORCHVISION.get_model(name).eval()
     path = hub(name, original.state_dict())
-    trained = model.trained("imagenet", name)
+    trained = model.pretrained("imagenet", name)
     path.unlink()
     assert (trained["image_size"], trained["resize"], trained["interpolation"]) == (224, 256, "bilinear")
     assert trained["mean"] == [0.485, 0.456, 0.406] and trained["std"] == [0.229, 0.224, 0.225]
@@ -197,7 +198,7 @@ def test_the_published_densenets_have_older_names(hub):
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     hub("densenet121", old)
     network = model.create("densenet121", {"classes": 1000})
-    model.transfer(network, model.trained("imagenet", "densenet121")["state_dict"], (), "imagenet")
+    model.transfer(network, model.pretrained("imagenet", "densenet121")["state_dict"], (), "imagenet")
     images = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(network.eval()(images), original(images))
@@ -211,13 +212,13 @@ def test_weights_that_cannot_be_had(hub, monkeypatch):
     with pytest.raises(
         model.CheckpointError, match=r"alexnet.*could not be downloaded \(no route to host\); put it at"
     ):
-        model.trained("imagenet", "alexnet")
+        model.pretrained("imagenet", "alexnet")
     path = hub("alexnet", {})
     path.write_bytes(b"not the weights")
     with pytest.raises(model.CheckpointError, match="damaged or not alexnet's weights; delete it"):
-        model.trained("imagenet", "alexnet")
+        model.pretrained("imagenet", "alexnet")
     with pytest.raises(model.NetworkError, match="there are none for cifar_quick"):
-        model.trained("imagenet", "cifar_quick")
+        model.pretrained("imagenet", "cifar_quick")
 
 
 def test_imagenet_files_cannot_run_code(hub, capsys):
@@ -227,7 +228,7 @@ def test_imagenet_files_cannot_run_code(hub, capsys):
 
     hub("alexnet", Evil())
     with pytest.raises(model.CheckpointError, match="damaged or not alexnet's weights"):
-        model.trained("imagenet", "alexnet")
+        model.pretrained("imagenet", "alexnet")
     assert "code ran" not in capsys.readouterr().out
 
 

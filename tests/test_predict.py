@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, ROOT, as_bytes, noisy
+from conftest import COLOURS, ROOT, as_bytes, noisy, save
 from PIL import Image
 
 import datasets
@@ -170,7 +170,7 @@ def test_the_checkpoints_resize_is_applied(ask, colour_run, tmp_path):
     checkpoint = model.read(colour_run / "best.pt")
     shares = []
     for resize in (32, 128):
-        model.save(tmp_path / f"{resize}.pt", checkpoint | {"resize": resize})
+        save(tmp_path / f"{resize}.pt", checkpoint | {"resize": resize})
         [out] = ask(tmp_path / "a.png", "--json", "--checkpoint", tmp_path / f"{resize}.pt")[1]
         guesses = {guess["class"]: guess["probability"] for guess in json.loads(out)["classes"]}
         shares.append(guesses["green"])

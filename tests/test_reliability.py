@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, same_weights
+from conftest import ROOT, same_weights, save
 from filelock import FileLock
 
 import datasets
@@ -120,7 +120,7 @@ def test_an_interrupted_evaluation_is_done_again(whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "outputs", interrupted)
     assert started(tmp_path, "a", *VARIANTS["plain"].split()) == 130
-    assert torch.load(tmp_path / "a" / "interrupted.pt", weights_only=True)["training"]["trained"]["step"] == 20
+    assert torch.load(tmp_path / "a" / "interrupted.pt", weights_only=True)["training"]["unevaluated"]["step"] == 20
     assert train.cli(["--resume", str(tmp_path / "a")]) == 0
     assert not differences(whole["plain"], contents(tmp_path / "a"))
 
@@ -286,12 +286,12 @@ STRANGE = {
     "optimizer ": {"state": {0: {"momentum_buffer": nested(9)}}},
     "history": [{"epoch": 1}, {"epoch": 2}],
     "mistakes": ["\x1b]0;x"],
-    "trained": {"epoch": 1},
+    "unevaluated": {"epoch": 1},
     "pictures": "200",
     "clock": None,
     "sums": {"correct": torch.zeros((), dtype=torch.int64), "step": "x"},
     "schedule": {"last_epoch": "x"},
-    "shares": 3,
+    "confidence": 3,
 }
 
 
@@ -301,7 +301,7 @@ def test_a_checkpoint_whose_training_state_was_changed_is_refused(two_epochs, tm
         shutil.copytree(two_epochs, run)
         checkpoint = torch.load(run / "epoch_002.pt", weights_only=True)
         checkpoint["training"][key.strip()] = value
-        model.save(run / "epoch_002.pt", checkpoint)
+        save(run / "epoch_002.pt", checkpoint)
         assert train.cli(["--resume", str(run), "--epochs", "3"]) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"train.py: {run}: its ") and "Traceback" not in error, key
@@ -409,7 +409,7 @@ def test_a_trainer_goes_on_on_another_device(tmp_path, at_step):
     head, config = model.head_keys("cifar_quick", {"image_size": 8}), train.Config(momentum=0.9)
     trainer = train.make_trainer(network, config, 10, torch.device("meta"), torch.float32, head)
     trainer.load_state_dict(state)
-    assert trainer.sums.correct.is_meta and trainer.sums.shares.is_meta and trainer.shares is None
+    assert trainer.sums.correct.is_meta and trainer.sums.confidence.is_meta and trainer.confidence is None
     assert all(of["momentum_buffer"].is_meta for of in trainer.optimizer.state.values())
 
 
@@ -465,15 +465,15 @@ def test_a_full_disk_costs_no_more_than_what_it_had_no_room_for(tmp_path, monkey
 def test_what_did_not_fit_is_written_later(whole, tmp_path, monkeypatch):
     """As before, but all that a later epoch can write is as if nothing had been."""
     resource = pytest.importorskip("resource", reason="needs a limit of file sizes (not on Windows)")
-    before, end_epoch = resource.getrlimit(resource.RLIMIT_FSIZE), train.end_epoch
+    before, add_epoch = resource.getrlimit(resource.RLIMIT_FSIZE), train.add_epoch
 
     def limited(run, *inputs):
-        is_best = end_epoch(run, *inputs)
+        is_best = add_epoch(run, *inputs)
         full = len(run.history) == 2
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]) if full else before)
         return is_best
 
-    monkeypatch.setattr(train, "end_epoch", limited)
+    monkeypatch.setattr(train, "add_epoch", limited)
     try:
         assert started(tmp_path, "a", *VARIANTS["plain"].split()) == 1
     finally:
@@ -484,15 +484,15 @@ def test_what_did_not_fit_is_written_later(whole, tmp_path, monkeypatch):
 
 def test_a_best_epoch_that_did_not_fit_is_not_tested_by_another(tmp_path, monkeypatch, capsys):
     resource = pytest.importorskip("resource", reason="needs a limit of file sizes (not on Windows)")
-    before, end_epoch, full = resource.getrlimit(resource.RLIMIT_FSIZE), train.end_epoch, [20_000]
+    before, add_epoch, full = resource.getrlimit(resource.RLIMIT_FSIZE), train.add_epoch, [20_000]
 
     def limited(run, trainer, metrics, *inputs):
         metrics["val_accuracy"] = metrics["epoch"] / 10  # the last is the best
         if len(run.history) == 2 and full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (full.pop(), before[1]))
-        return end_epoch(run, trainer, metrics, *inputs)
+        return add_epoch(run, trainer, metrics, *inputs)
 
-    monkeypatch.setattr(train, "end_epoch", limited)
+    monkeypatch.setattr(train, "add_epoch", limited)
     try:
         assert started(tmp_path, "a", *VARIANTS["held out"].split()) == 1
     finally:

@@ -58,7 +58,7 @@ def test_metrics_have_a_line_an_epoch(run):
 def test_checkpoints_can_be_resumed_and_the_best_is_small(run):
     checkpoint = torch.load(run / "epoch_003.pt", weights_only=True)
     assert set(checkpoint) == {*model.CONTENT, "training"}
-    parts = {"optimizer", "schedule", "scaler", "shares", "sums", "clock", *train.RESUMED}
+    parts = {"optimizer", "schedule", "scaler", "confidence", "sums", "clock", *train.RESUMED}
     assert set(checkpoint["training"]) == parts and checkpoint["training"]["history"] == metrics(run)
     assert len(checkpoint["training"]["optimizer"]["state"]) == len(list(model.CifarQuick().parameters()))
     assert checkpoint["config"]["limit"] == 1000 and checkpoint["epoch"] == 3
@@ -301,7 +301,7 @@ def test_the_second_half_trains_on_the_hardest_pictures(tmp_path, capsys):
     assert train.cli([*flags.split(), "--log-dir", str(tmp_path)]) == 0
     assert [line["step"] for line in metrics(tmp_path / "a")] == [10, 20, 23]
     checkpoints = [torch.load(tmp_path / "a" / f"epoch_{n:03}.pt", weights_only=True) for n in (2, 3)]
-    before, after = (checkpoint["training"]["shares"] for checkpoint in checkpoints)
+    before, after = (checkpoint["training"]["confidence"] for checkpoint in checkpoints)
     assert checkpoints[1]["training"]["schedule"]["last_epoch"] == 23 and checkpoints[1]["metrics"]["lr"] < 0.02
     seen = before != after  # in the last epoch
     assert abs(seen.sum().item() - 150) <= 1 and before[seen].max() <= before[~seen].min()

@@ -37,8 +37,8 @@ def imagenet(tmp_path, monkeypatch):
 
 
 def test_nothing_is_filled_in_without_weights():
-    config, trained = train.resolve(train.parse([])[0])
-    assert trained is None and (config.image_size, config.resize, config.interpolation) == (32, 32, "bilinear")
+    config, pretrained = train.resolve(train.parse([])[0])
+    assert pretrained is None and (config.image_size, config.resize, config.interpolation) == (32, 32, "bilinear")
     assert config.mean == ()  # to be measured
 
 
@@ -65,8 +65,8 @@ def test_what_weights_bring_is_in_the_checkpoint_and_used_to_predict(imagenet, t
 
 
 def test_checkpoints_bring_theirs(run):
-    config, trained = train.resolve(train.parse(["--weights", str(run / "best.pt")])[0])
-    assert list(config.mean) == trained["mean"] and config.image_size == 32
+    config, pretrained = train.resolve(train.parse(["--weights", str(run / "best.pt")])[0])
+    assert list(config.mean) == pretrained["mean"] and config.image_size == 32
 
 
 # ---- the head ----
@@ -86,7 +86,7 @@ def test_the_head_is_kept_for_the_same_classes_and_new_for_others(run, colour_fo
         (["a"] * 10, "auto", False),
     ):
         config = train.replace(config, head=head, image_size=32)
-        options = train.network_options(config, len(classes), old)
+        options = train.options_for(config, len(classes), old)
         names = model.head_keys(config.model, options)
         network = train.build(config, options, classes, old, names)
         same = unchanged(old["state_dict"], network.state_dict()) if len(classes) == 10 else set()

@@ -213,10 +213,10 @@ def test_saliency_is_where_the_answer_comes_from(with_layer):
 
 def test_outputs_are_those_of_the_layers_before_they_are_changed_in_place():
     network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 64, 2))
-    maps = views.outputs(network, torch.randn(1, 3, 8, 8))
+    maps = views.layer_maps(network, torch.randn(1, 3, 8, 8))
     assert list(maps) == ["0", "1"] and maps["0"].min() < 0 and torch.equal(maps["0"].relu(), maps["1"])
     many = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(60)))
-    assert len(views.outputs(many, torch.rand(1, 3, 4, 4))) == 24
+    assert len(views.layer_maps(many, torch.rand(1, 3, 4, 4))) == 24
 
 
 def test_filters_are_in_colour_where_they_see_colours():
@@ -234,5 +234,5 @@ def test_networks_of_torchvision_can_be_looked_into(name):
     network = model.create(name, {"classes": 3, "image_size": 64}).eval()
     image = torch.rand(1, 3, 64, 64)
     assert views.saliency(network, image).shape == (64, 64)
-    assert all(views.features(maps).ndim == 3 for maps in views.outputs(network, image).values())
+    assert all(views.features(maps).ndim == 3 for maps in views.layer_maps(network, image).values())
     assert views.filters(network).ndim == 3

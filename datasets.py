@@ -237,7 +237,7 @@ class Pictures:
         epoch: int = 0,
         keep: Tensor | None = None,
         skip: int = 0,
-        group: Group = Group(),  # noqa: B008 - which never changes
+        group: Group = Group(),
         pieces: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Every picture once, as normalised float images `(B, 3, H, H)` and int64 labels `(B,)` on the device.
@@ -684,7 +684,7 @@ def load(
     memory_share: float = 0.4,
     resize: int = 0,
     interpolation: str = "bilinear",
-    group: Group = Group(),  # noqa: B008
+    group: Group = Group(),
 ) -> list[Pictures]:
     """The sets of `cifar10`, `shapes`, or a folder of pictures, on `device`: one for each of `splits`, in that order.
 

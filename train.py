@@ -59,6 +59,7 @@ from model import ACTIVATIONS, INTERPOLATIONS, LOSSES, NETWORKS, STEMS, TTA
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
 VOTE_SECONDS = 0.5  # between two votes of several processes
+WRAPPED = []  # networks in groups, for good: PyTorch 2.10 can wait for itself when it frees one
 SEEN = torch.finfo(torch.float32).tiny  # the least share of 1 that a picture's class is said to have got
 INTERRUPTED = "interrupted.pt"  # the checkpoint in the middle of an epoch
 LOCK, LOCK_SECONDS = "run.lock", 6  # workers of a killed process notice that within 5 seconds
@@ -386,7 +387,7 @@ def as_toml(config: Config) -> str:
 # ---- data and network ------------------------------------------------------------------------------------------------
 
 
-def load_data(config: Config, device: torch.device, group: Group = Group()) -> list[datasets.Pictures]:  # noqa: B008
+def load_data(config: Config, device: torch.device, group: Group = Group()) -> list[datasets.Pictures]:
     """The training and the test set; with `val_fraction`, training, validation (held out of training) and test."""
     names = ("data", "data_dir", "image_size", "resize", "interpolation", "limit", "mean", "std", "data_url")
     names += ("val_fraction", "strict", "workers", "memory_share")
@@ -799,7 +800,7 @@ def make_trainer(
     head: Collection[str] = (),
     trains: nn.Module | None = None,
     clock: Clock | None = None,
-    group: Group = Group(),  # noqa: B008 - which never changes
+    group: Group = Group(),
 ) -> Trainer:
     """The optimizer and its schedule for a run of `steps` steps, or as long as the clock's limit lets it run.
 
@@ -853,13 +854,15 @@ def in_group(network: nn.Module, config: Config, device: torch.device) -> nn.Mod
     """
     wrap = nn.parallel.DistributedDataParallel
     buffers = {"forward_sync_buffers", "broadcast_buffers"} & inspect.signature(wrap).parameters.keys()
-    return wrap(
+    wrapped = wrap(
         network,
         device_ids=[device] if device.type == "cuda" else None,
         **{max(buffers): False},  # the newer name, in PyTorch that has it
         gradient_as_bucket_view=True,
         static_graph=config.accumulate == 1,  # it must learn the graph in a step that synchronises
     )
+    WRAPPED.append(wrapped)
+    return wrapped
 
 
 # ---- an epoch --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What several tests use: small generated pictures, a trained run, and the scripts as a user starts them."""
 
+import dataclasses
+import functools
 import io
 import os
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
 import model
 import train
 
@@ -28,6 +31,15 @@ def noisy(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (32, 
     """A picture of one colour with noise on it."""
     noise = np.random.RandomState(seed).randint(-30, 31, (size[1], size[0], 3))
     return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_are_drawn_once():
+    """Most tests train on the same few shapes, which take longer to draw than to train on."""
+    drawn = functools.cache(datasets.shapes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "shapes", lambda *how, **more: dataclasses.replace(drawn(*how, **more)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -99,8 +99,8 @@ def test_small_classes_without_splits_have_pictures_on_both_sides(tmp_path):
 
 def test_a_folder_without_splits_trains_and_evaluates(tmp_path, capsys):
     make(tmp_path / "data", [f"{colour}/{number}.png" for colour in ("red", "blue") for number in range(20)])
-    flags = f"--epochs 8 --batch-size 8 --device cpu --run-name a --log-dir {tmp_path} --val-fraction 0.3".split()
-    assert train.cli(["--data", str(tmp_path / "data"), *flags]) == 0
+    flags = "--epochs 8 --batch-size 8 --device cpu --no-views --run-name a --val-fraction 0.3 --log-dir".split()
+    assert train.cli(["--data", str(tmp_path / "data"), *flags, str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "(chosen on the val pictures)" in out and " val loss " in out
     assert predict.cli(["--evaluate", str(tmp_path / "data"), "--checkpoint", str(tmp_path / "a" / "best.pt")]) == 0
@@ -224,8 +224,8 @@ def test_streamed_runs_end_with_the_same_bits(photographs, tmp_path):
     from conftest import same_weights
 
     for name, share in (("kept", "0.4"), ("streamed", "0")):
-        flags = f"--epochs 2 --batch-size 8 --device cpu --memory-share {share} --run-name {name} --log-dir {tmp_path}"
-        assert train.cli(["--data", str(photographs), "--val-fraction", "0.3", *flags.split()]) == 0
+        flags = f"--epochs 2 --batch-size 8 --device cpu --no-views --memory-share {share} --run-name {name} --log-dir"
+        assert train.cli(["--data", str(photographs), "--val-fraction", "0.3", *flags.split(), str(tmp_path)]) == 0
     assert same_weights(tmp_path / "kept" / "epoch_002.pt", tmp_path / "streamed" / "epoch_002.pt")
 
 

@@ -1310,7 +1310,8 @@ def own_config(run: Run) -> Config:
         trouble = bad_history(run, of_checkpoint)
     except (ConfigError, KeyError, TypeError, AttributeError) as error:
         hint = f"--weights {quoted(run.folder / 'best.pt')} starts a new run from its weights"
-        raise model.CheckpointError(f"{run.folder}: its checkpoint is of a version without --resume; {hint}") from error
+        reason = "its checkpoint is of another version, whose runs this one cannot resume"
+        raise model.CheckpointError(f"{run.folder}: {reason}; {hint}") from error
     if trouble:
         raise model.CheckpointError(f"{run.folder}: its checkpoint's {trouble}")
     # What can change was perhaps changed after that checkpoint.

@@ -422,7 +422,9 @@ def test_a_run_of_an_earlier_version_can_be_started_from(two_epochs, tmp_path, c
     assert resumed(tmp_path, "a", "--epochs", "3") == 1
     error = capsys.readouterr().err
     best = tmp_path / "a" / "best.pt"
-    assert error.endswith(f"a version without --resume; --weights {best} starts a new run from its weights\n")
+    assert error.endswith(
+        f"another version, whose runs this one cannot resume; --weights {best} starts a new run from its weights\n"
+    )
     assert started(tmp_path, "b", "--epochs", "1", "--weights", str(best)) == 0
 
 

@@ -77,7 +77,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
     assert order(seed=0, epoch=1) == order(seed=0, epoch=1)
     assert order(seed=0, epoch=1) != order(seed=0, epoch=2)
-    assert order(seed=0, epoch=1) != order(seed=1, epoch=1)
+    assert order(seed=0, epoch=1) != order(seed=1, epoch=1) != order(seed=0, epoch=2)
     assert numbers(pictures.batches(7)) == list(range(50))
 
 
@@ -96,6 +96,7 @@ def test_mirrored_pictures_take_turns():
     )  # by picture, not by place
     order, _ = pictures.order(True, 0, 1)
     assert torch.equal((images == plain[order].flip(3)).flatten(1).all(1), mirrored[1][order])
+    assert not torch.equal(pictures.turns(0, 1), pictures.turns(1, 1))
 
 
 def test_batches_are_the_same_however_many_are_made_ready_at_once(monkeypatch):
@@ -154,6 +155,7 @@ def test_hold_out_takes_its_share_of_every_class():
     assert torch.bincount(held_out.labels).tolist() == [2, 2, 2, 2]
     assert sorted(numbers(rest.batches(8)) + numbers(held_out.batches(8))) == list(range(40))
     assert held_out.images.tolist() == squares(40, classes=4).hold_out(0.2, seed=0)[1].images.tolist()
+    assert held_out.images.tolist() != squares(40, classes=4).hold_out(0.2, seed=1)[1].images.tolist()
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
@@ -220,6 +222,13 @@ def test_cutout_hides_a_square_that_may_reach_over_the_edge():
     assert (middle == 77).sum() == 3 * 16 and (middle[0, :, 2:6, 2:6] == 77).all()
     corner = Augment(cutout=4)(images, drawn(1, cutout_row=0.0, cutout_column=0.0), FILL)
     assert (corner == 77).sum() == 3 * 4 and (corner[0, :, :2, :2] == 77).all()
+
+
+def test_what_cutout_hides_has_the_mean_colour():
+    pictures = squares(4)
+    pictures.mean, pictures.std = (0.1, 0.5, 0.9), (0.25, 0.25, 0.25)
+    images, _ = next(pictures.batches(4, augment=Augment(cutout=20)))  # all of each picture
+    assert images.abs().max() < 0.6 / 255 / 0.25
 
 
 def test_jitter_multiplies_brightness_contrast_and_saturation():
@@ -299,6 +308,21 @@ def test_cmyk(kind):
     assert np.abs(picture.astype(int) - (255, 0, 0)).max() <= 3
 
 
+def test_a_transparent_colour_is_white():
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 100, 50)).save(file, "PNG", transparency=(200, 100, 50))
+    assert (datasets.read_picture(file, datasets.Sizing(32))[0] == 255).all()
+
+
+@pytest.mark.parametrize("side", [70, 200, 500])
+def test_large_jpegs_lose_nothing_by_the_quick_way(side):
+    pixels = np.random.RandomState(0).randint(0, 256, (35, 35, 3)).astype(np.uint8)
+    file = io.BytesIO(as_bytes(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC), "JPEG"))
+    whole, _ = datasets.read_picture(Image.open(file).convert("RGB"), datasets.Sizing(32))
+    quick, _ = datasets.read_picture(file, datasets.Sizing(32))
+    assert np.abs(quick.astype(int) - whole).mean() < 4
+
+
 def test_float_greys_are_scaled_to_their_range():
     image = Image.fromarray(np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32))
     picture, _ = datasets.read_picture(io.BytesIO(as_bytes(image, "TIFF")), datasets.Sizing(32))
@@ -314,6 +338,22 @@ def test_exif_rotation_is_applied():
     image.save(file, "PNG", exif=exif)
     picture, _ = datasets.read_picture(file, datasets.Sizing(32))
     assert picture[5, 28].tolist() == [255, 0, 0] and picture[5, 3].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "turned"])
+def test_jpegs_of_the_very_size_are_read_as_others_are(mode, tmp_path, monkeypatch):
+    """These have a quick way, by their names as strings."""
+    image, exif = noisy((200, 120, 40), 0), Image.Exif()
+    image.paste("blue", (0, 0, 32, 10))
+    exif[0x0112] = 6
+    if mode == "turned":
+        image.save(tmp_path / "a.jpg", exif=exif)
+    else:
+        image.convert(mode).save(tmp_path / "a.jpg")
+    expected, _ = datasets.read_picture(tmp_path / "a.jpg", datasets.Sizing(32))
+    monkeypatch.setattr(Image, "open", Image.open if mode != "RGB" else None)
+    picture, size = datasets.read_picture(str(tmp_path / "a.jpg"), datasets.Sizing(32))
+    assert size == (32, 32) and np.array_equal(picture, expected)
 
 
 def test_a_damaged_exif_block_does_not_spoil_the_picture():
@@ -433,6 +473,10 @@ def test_limit_takes_even_classes(colour_folder):
         datasets.load(str(colour_folder), limit=2)
 
 
+def test_limited_pictures_stay_in_their_order():
+    assert datasets.balanced(torch.tensor([0, 0, 0, 1, 1]), ["a", "b"], 4).tolist() == [0, 1, 3, 4]
+
+
 def test_pictures_of_another_size_are_resized(colour_folder):
     assert datasets.load(str(colour_folder), image_size=16)[0].images.shape == (60, 3, 16, 16)
     assert datasets.load("shapes", image_size=24, limit=10)[0].images.shape == (10, 3, 24, 24)
@@ -453,6 +497,16 @@ def test_val_serves_as_test_and_hidden_files_are_left_out(tmp_path):
     assert (len(train_set), len(test_set), test_set.split) == (2, 2, "test")
 
 
+def test_all_sets_are_normalised_by_the_first(tmp_path):
+    for split, brightness in (("train", 60), ("test", 200)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            noisy((brightness,) * 3, 0).save(tmp_path / split / name / "1.png")
+    train_set, test_set = datasets.load(str(tmp_path))
+    assert test_set.mean == train_set.mean == pytest.approx((60 / 255,) * 3, abs=0.01)
+    assert test_set.std == train_set.std and next(test_set.batches(2))[0].min() > 3
+
+
 def test_broken_folders_are_named(tmp_path):
     with pytest.raises(DataError, match="no data 'nowhere'"):
         datasets.load("nowhere")
@@ -461,7 +515,10 @@ def test_broken_folders_are_named(tmp_path):
     (tmp_path / "test").mkdir()
     with pytest.raises(DataError, match="no folder train/ in it"):
         datasets.load(str(tmp_path))
-    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match="train: no class folders with pictures in it"):
+        datasets.load(str(tmp_path))
+    (tmp_path / "train" / "cat").mkdir()
     with pytest.raises(DataError, match=r"cat: no pictures in it"):
         datasets.load(str(tmp_path))
     noisy((0, 0, 0), 0).save(tmp_path / "train" / "cat" / "1.png")
@@ -585,6 +642,7 @@ def test_the_script_shows_samples_in_tensorboard(colour_folder, tmp_path):
         ("--data shapes --limit -1", 2, "--limit -1: must be from 0 to inf"),
         ("--data shapes --jitter nan", 2, "--jitter: nan is not a finite number"),
         ("--data shapes --crop x", 2, "invalid int value"),
+        ("--data shapes --crop 33", 2, "--crop and --cutout can be at most the image size, 32 pixels"),
         ("--data shapes --limit 10 --log-dir /dev/null/x", 1, "/dev/null/x: Not a directory"),
     ],
 )

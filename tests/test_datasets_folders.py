@@ -1,6 +1,8 @@
 """Folders of pictures: their layouts, their bad files, and the way of those that do not fit into memory."""
 
+import os
 import shutil
+import unicodedata
 import zlib
 
 import numpy as np
@@ -90,6 +92,17 @@ def test_a_folder_without_splits_keeps_its_split_when_files_are_added(tmp_path):
     assert len(datasets.load(str(tmp_path), val_fraction=0.6)[1]) > len(val_set) * 2
 
 
+def test_the_split_is_the_same_however_a_system_writes_names(tmp_path):
+    forms = [unicodedata.normalize(form, f"{tmp_path}/grün/é.png") for form in ("NFC", "NFD")]  # NFD: macOS
+    assert forms[0] != forms[1] and len({datasets.place_of(path, tmp_path) for path in forms}) == 1
+
+
+def test_single_pictures_cannot_be_split(tmp_path):
+    make(tmp_path, ["red/1.png", "blue/1.png"])
+    with pytest.raises(DataError, match="one picture a class; put at least two into each, one of which is held out"):
+        datasets.load(str(tmp_path))
+
+
 def test_small_classes_without_splits_have_pictures_on_both_sides(tmp_path):
     make(tmp_path, [f"{colour}/{number}.png" for colour in COLOURS for number in range(2)])
     for fraction in (0.01, 0.99):
@@ -116,6 +129,15 @@ def test_every_ending_and_name(tmp_path):
     (tmp_path / "train" / ".cache").mkdir()
     train_set, test_set = datasets.load(str(tmp_path))
     assert (len(train_set), len(test_set)) == (20, 2) and train_set.classes == ["blue 猫", "red"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
+def test_folders_behind_links_are_searched(tmp_path):
+    make(tmp_path / "elsewhere", ["red/1.png", "blue/1.png"])
+    make(tmp_path / "data", ["train/red/0.png", "train/blue/0.png", "test/red/0.png"])
+    for colour in ("red", "blue"):
+        (tmp_path / "data" / "train" / colour / "more").symlink_to(tmp_path / "elsewhere" / colour)
+    assert torch.bincount(datasets.load(str(tmp_path / "data"))[0].labels).tolist() == [2, 2]
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
@@ -172,6 +194,13 @@ def test_classes_without_pictures_are_named(spoiled):
         datasets.load(str(spoiled))
 
 
+def test_a_test_set_without_readable_pictures_is_named(spoiled):
+    for path in (spoiled / "test").glob("*/*.png"):
+        path.write_text("hello")
+    with pytest.raises(DataError, match="no readable test pictures"):
+        datasets.load(str(spoiled))
+
+
 def test_many_bad_files_are_summed_up(tmp_path, capsys):
     make(
         tmp_path,
@@ -218,6 +247,15 @@ def test_streamed_batches_are_those_from_memory(photographs, workers):
         for (images, labels), (same_images, same_labels) in pairs:
             assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
         next(streamed.batches(8, shuffle=True))  # an epoch that is left early does no harm
+
+
+def test_the_mean_is_of_what_is_used_of_long_pictures(photographs):
+    train_set, _ = datasets.load(str(photographs))
+    assert train_set.extent.min() < train_set.images.shape[3]
+    used = [image[..., :extent].flatten(1) for image, extent in zip(train_set.images, train_set.extent, strict=True)]
+    pixels = torch.cat(used, 1).double() / 255
+    assert train_set.mean == pytest.approx(pixels.mean(1).tolist(), abs=1e-4)
+    assert train_set.std == pytest.approx(pixels.std(1, correction=0).tolist(), abs=1e-4)
 
 
 def test_streamed_runs_end_with_the_same_bits(photographs, tmp_path):
@@ -270,7 +308,11 @@ def test_memory_decides_what_is_streamed(photographs, monkeypatch):
 
 
 def test_free_memory_is_plausible():
-    assert 2**20 < datasets.free_memory(torch.device("cpu")) < 2**50
+    free = datasets.free_memory(torch.device("cpu"))
+    assert 2**20 < free < 2**50
+    if hasattr(os, "sysconf"):
+        built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        assert built_in / 500 < free <= built_in
 
 
 def test_copies_of_training_pictures_in_the_test_set_are_found(colour_folder, tmp_path):

@@ -1,4 +1,6 @@
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -82,7 +84,7 @@ def test_mps_gets_contiguous_float32_alone():
 
 def test_autocast_computes_in_the_precision_asked_for():
     images, cpu = torch.rand(1, 3, 8, 8), torch.device("cpu")
-    for precision in (torch.float32, torch.bfloat16):
+    for precision in (torch.float32, torch.bfloat16, torch.float16):
         with device.autocast(cpu, precision):
             assert torch.nn.Conv2d(3, 4, 3)(images).dtype == precision
 
@@ -94,6 +96,24 @@ def test_seed_repeats_and_tells_epochs_apart():
         draws.append(torch.rand(3).tolist())
     assert draws[0] == draws[1]
     assert len({tuple(draw) for draw in draws}) == 3
+
+
+def test_the_seed_hangs_on_every_number():
+    draws = set()
+    for place in range(5):  # all zero, and then each of (seed, epoch, step, rank) alone
+        device.seed(*(int(number == place) for number in range(4)))
+        draws.add(torch.rand(1).item())
+    assert len(draws) == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell")
+def test_memory_is_told_in_mib():
+    assert 20 < device.memory_used(torch.device("cpu")) < 10**6  # Python with PyTorch takes hundreds
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\x7f", "\x9b", "\u2028", "\u202e"])
+def test_what_could_steer_a_terminal_is_escaped(character):
+    assert device.printable(f"a{character}猫").isprintable() and device.printable("a 猫") == "a 猫"
 
 
 def test_the_table_ends_in_ok(capsys):
@@ -117,6 +137,41 @@ def test_a_wrong_device_is_a_wrong_call(capsys):
     assert device.cli(["--device", "cuda:99"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("device.py: no device 'cuda:99' here") and error.count("\n") == 1
+
+
+# ---- signals, and who reads the output ----
+
+
+def test_signals_are_given_back():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with device.Interrupts() as interrupts:
+        assert [signal.getsignal(number) for number in numbers] == [interrupts.ask] * 2
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_what_torchrun_sends_on_is_the_same_signal(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    ended = []
+    with device.Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        for later in (0, device.ECHO_SECONDS):
+            interrupts.time -= later
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                ended.append(False)
+            except KeyboardInterrupt:
+                ended.append(True)
+    assert interrupts.asked and ended == [False, True]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows tells it otherwise")
+def test_a_reader_that_had_enough_ends_a_script_without_a_word():
+    code = "import device; device.end(device.command('a.py', lambda _: print(100_000 * 'a line\\n')))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -19,6 +19,7 @@ from test_reliability import contents, differences
 
 import datasets
 import device
+import model
 import predict
 import train
 
@@ -152,6 +153,7 @@ def found(root) -> dict:
     long = "--no-batch-norm --batch-size 4 --epochs 20"
     plan["long"] = training(root / "2", "long", long, fault="stopped", at=[1, 120], votes=train.VOTE_SECONDS)
     plan["frozen on 2"] = resuming(root, root / "1" / "x", "frozen on 2")
+    plan["averages"] = training(root / "2", "averages", "--lr 0.01")  # of each process's pictures
     plan["small"] = training(root / "2", "small", "--batch-size 3 --accumulate 2")
     plan["wrong"] = training(root / "2", "wrong", AGREEING["held out"], fault="wrong", at=[1, 3])
     two, _ = torchrun(2, plan, root / "two")
@@ -234,6 +236,15 @@ def test_a_frozen_network_goes_on_with_two_processes(found, root):
     assert agree(root / "1" / "frozen", root / "frozen on 2")
 
 
+def test_all_evaluate_with_the_averages_that_are_saved(found, root):
+    assert [of_rank["averages"][0] for of_rank in found[2]] == [0, 0]
+    network, checkpoint = model.load(root / "2" / "averages" / "epoch_002.pt")
+    how = {name: checkpoint[name] for name in ("image_size", "mean", "std")}
+    [test_set] = datasets.load("shapes", limit=200, splits=["test"], **how)
+    loss = model.score(*model.outputs(network, test_set.batches(50), checkpoint["config"]["tta"]))["loss"]
+    assert loss == pytest.approx(checkpoint["metrics"]["test_loss"], rel=1e-4)
+
+
 def test_an_error_of_one_process_ends_all_with_its_message(found):
     (first_status, _, first), (status, _, error) = (of_rank["wrong"] for of_rank in found[2])
     assert status == first_status == 1
@@ -307,6 +318,12 @@ def test_each_process_gets_a_gpu_of_its_own(name, monkeypatch):
     assert [str(device.pick(name, group)) for group in groups[:2]] == ["cuda:0", "cuda:1"]
     with pytest.raises(device.DeviceError, match="no device 'cuda:2' here"):
         device.pick(name, groups[2])
+
+
+def test_a_second_machine_begins_with_its_first_gpu(monkeypatch):
+    monkeypatch.setattr(device, "available", lambda: {"cuda:0": "a GPU", "cuda:1": "a GPU", "cpu": ""})
+    groups = [device.Group(rank=2 + place, count=4, local_rank=place, local_count=2) for place in (0, 1)]
+    assert [str(device.pick("auto", group)) for group in groups] == ["cuda:0", "cuda:1"]
 
 
 def test_predict_without_a_file_for_its_table_refuses_several_processes(monkeypatch, capsys):

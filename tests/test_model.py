@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -66,6 +67,8 @@ def test_whitening_filters_make_the_first_layers_outputs_uncorrelated():
     assert torch.allclose(outputs[:16], -outputs[16:], atol=1e-4)
     products = outputs[:16] @ outputs[:16].T / outputs.shape[1]
     assert torch.allclose(products, torch.eye(16), atol=0.05)
+    filters = network.stage1.conv.weight[:16].flatten(1)  # of the two signs, the same one on every machine
+    assert (filters.gather(1, filters.abs().argmax(1, keepdim=True)) > 0).all()
     with pytest.raises(model.NetworkError, match="--whiten: this network does not begin with a convolution"):
         model.whiten(nn.Linear(3, 3), images)
 
@@ -116,6 +119,13 @@ def test_fast_takes_any_size_and_width(image_size, width):
         model.network_options("cifar_quick", 4, 32, width=2.0)
 
 
+def test_the_averages_of_fast_follow_quickly():
+    network, images = model.create("fast", {"image_size": 8}).train(), torch.rand(20, 3, 8, 8)
+    network(images)
+    norm, conv, pool = network.layer1.norm, network.layer1.conv, network.layer1.pool
+    assert torch.allclose(norm.running_mean, 0.4 * pool(conv(images)).mean((0, 2, 3)), atol=1e-6)
+
+
 def test_networks_that_cannot_be():
     with pytest.raises(model.NetworkError, match="fast halves a picture three times: --image-size 7 is below 8"):
         model.create("fast", {"image_size": 7})
@@ -125,6 +135,36 @@ def test_networks_that_cannot_be():
         model.create("lenet", {})
     with pytest.raises(model.NetworkError, match=r"did you mean resnet18\?"):
         model.create("resnet_18", {})
+
+
+class Hopeless(nn.Module):
+    def __init__(self, classes: int = 10, image_size: int = 32):
+        super().__init__()
+
+    def forward(self, images):
+        raise RuntimeError("for no size")
+
+
+def test_a_network_that_no_size_would_help_says_why(monkeypatch):
+    monkeypatch.setitem(model.NETWORKS, "hopeless", Hopeless)
+    with pytest.raises(model.NetworkError, match="hopeless cannot train on 2 pictures of 32 x 32 pixels a step"):
+        model.check("hopeless", {"classes": 2, "image_size": 32})
+
+
+class Untraceable(model.CifarQuick):
+    def forward(self, images):
+        if torch.jit.is_tracing():
+            raise RuntimeError("not\nhere")
+        return super().forward(images)
+
+
+def test_a_graph_that_cannot_be_drawn_is_named(tmp_path, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    network = Untraceable().train()
+    with SummaryWriter(tmp_path) as writer:
+        model.write_graph(writer, network, torch.zeros(1, 3, 32, 32))
+    assert capsys.readouterr().err == "no graph in TensorBoard: not here\n" and network.training
 
 
 def test_the_table_counts_parameters_and_multiply_adds(capsys):
@@ -233,6 +273,7 @@ def test_outputs_are_those_of_eval_mode(network):
     with torch.no_grad():
         expected = torch.cat([network.eval()(images) for images, _ in batches])
     assert torch.allclose(logits, expected) and labels.tolist() == [0, 1, 2, 0, 2]
+    assert not logits.requires_grad  # which would keep all that was computed
 
 
 @pytest.mark.parametrize("kind", model.LOSSES)
@@ -256,6 +297,28 @@ def test_a_saved_network_answers_the_same(network, checkpoint, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images), network.eval()(images))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a crash of the machine could leave an empty file in the place of a whole one."""
+    seen, fsync = [], os.fsync
+
+    def noted(number: int) -> None:
+        fsync(number)
+        seen.append((os.fstat(number).st_size, (tmp_path / "a").read_bytes()))
+
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", noted)
+    model.write(tmp_path / "a", b"whole")
+    assert seen == [(5, b"old")] and (tmp_path / "a").read_bytes() == b"whole"
+
+
+def test_weights_of_half_precision_are_computed_with_in_float32(network, checkpoint, tmp_path):
+    weights = {name: of.half() if of.is_floating_point() else of for name, of in checkpoint["state_dict"].items()}
+    save(tmp_path / "a.pt", checkpoint | {"state_dict": weights})
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(model.load(tmp_path / "a.pt")[0](images), network.eval()(images), atol=0.01)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit the size of files")
@@ -366,6 +429,11 @@ def damage(kind: str, path, checkpoint: dict) -> None:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
             for name, content in parts.items():
                 file.writestr(name, content)
+    elif kind == "overlapping":  # a few kilobytes that are read a thousand times
+        torch.save(checkpoint, path)
+        with zipfile.ZipFile(path, "a") as file:
+            file.filelist += 1000 * [max(file.filelist, key=lambda entry: entry.file_size)]
+            file.comment = b""  # writes the list of entries anew
     elif kind == "many values":
         save(path, checkpoint | {"metrics": {"a": [0.5] * 2_000_000}})
     elif kind in STRANGE:
@@ -425,6 +493,7 @@ STRANGE = {  # what a stranger may put into a checkpoint, by what it is
         ("flipped", "damaged or cut short"),
         ("flipped, no checksum", "damaged or cut short"),
         ("compressed", "damaged or cut short"),
+        ("overlapping", "damaged or cut short"),
         ("many values", "damaged or cut short"),
         ("a view of one number", "'state_dict' holds something else"),
         ("a sparse tensor", "could run code; it was not loaded"),
@@ -537,8 +606,16 @@ class Moody(model.CifarQuick):
         return super().forward(images) * (2 if images.mean().item() > 0 else 1)
 
 
-def test_a_failed_export_leaves_no_file(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(model.NETWORKS, "cifar_quick", Moody)
+class Fickle(model.CifarQuick):
+    """Can be exported, but what comes out answers otherwise."""
+
+    def forward(self, images):
+        return super().forward(images) + (0 if torch.compiler.is_exporting() else 1)
+
+
+@pytest.mark.parametrize("odd", [Moody, Fickle])
+def test_a_failed_export_leaves_no_file(odd, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(model.NETWORKS, "cifar_quick", odd)
     save(tmp_path / "a.pt", checkpoint)
     assert model.cli(["--checkpoint", str(tmp_path / "a.pt"), "--export", str(tmp_path / "b.pt2")]) == 1
     error = capsys.readouterr().err

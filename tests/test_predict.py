@@ -45,6 +45,7 @@ def test_a_picture_gets_its_top_classes_with_percentages(ask, pictures):
     assert guesses[0].split()[0] == "red" and len(guesses) == 3
     shares = [float(guess.split()[1].rstrip("%")) for guess in guesses]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2)
+    assert ask(pictures / "a.png", "--top-k", 9)[1] == lines  # there are three
 
 
 @pytest.mark.parametrize("kind", ["file", "picture", "grey picture", "array", "tensor"])
@@ -124,6 +125,81 @@ def test_csv_is_a_table_with_a_header(ask, pictures):
     assert row[:2] == [str(odd), "red"] and 1 / 3 < float(row[2]) <= 1
 
 
+def test_class_names_steer_no_spreadsheet_either(ask, pictures, colour_run, tmp_path):
+    checkpoint = model.read(colour_run / "best.pt")
+    save(tmp_path / "odd.pt", checkpoint | {"classes": ["=1+1", "+2", "@red"]})
+    _, lines, _ = ask("--csv", pictures / "a.png", "--checkpoint", tmp_path / "odd.pt")
+    assert sorted(list(csv.reader(lines))[1][1::2]) == ["'+2", "'=1+1", "'@red"]
+
+
+@pytest.fixture
+def table(ask, tmp_path, monkeypatch):
+    """Seven files, one of them bad, a table of which is stopped after the first four; asks for it again."""
+    for number in range(7):
+        noisy(list(COLOURS.values())[number % 3], number).save(tmp_path / f"{number}.png")
+    (tmp_path / "5.png").write_text("no picture")
+    monkeypatch.setattr(predict, "PART", 2)
+    of_all, seen = predict.answers, []
+
+    def stopped(*inputs):
+        for answer in of_all(*inputs):
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+            seen.append(answer.name)
+            yield answer
+
+    def counted(*inputs):
+        for answer in of_all(*inputs):
+            seen.append(answer.name)
+            yield answer
+
+    monkeypatch.setattr(predict, "answers", stopped)
+    assert ask(tmp_path, "--csv", tmp_path / "out.csv")[0] == 130 and not (tmp_path / "out.csv").exists()
+    monkeypatch.setattr(predict, "answers", counted)
+
+    def again(*arguments: object) -> tuple[list[str], str, list[str]]:
+        """The pictures that were looked at now, what was said of it, and the table."""
+        seen.clear()
+        status, lines, errors = ask(tmp_path, "--csv", tmp_path / "out.csv", *arguments)
+        assert status == 1 and lines == [str(tmp_path / "out.csv")] and not (tmp_path / "out.csv.parts").exists()
+        assert errors.endswith(f"predict.py: {tmp_path / '5.png'}: not a picture that Pillow can read\n")
+        return [name[-5] for name in seen], errors, (tmp_path / "out.csv").read_text().splitlines()
+
+    return again
+
+
+def test_a_stopped_table_goes_on(ask, table, tmp_path):
+    seen, errors, lines = table()
+    assert seen == ["4", "5", "6"] and "out.csv.parts: 4 of 7 files are done already\n" in errors
+    assert lines == ask(tmp_path, "--csv")[1] and len(lines) == 7
+    assert [row[1] for row in csv.reader(lines[1:])] == [list(COLOURS)[number % 3] for number in (0, 1, 2, 3, 4, 6)]
+
+
+@pytest.mark.parametrize("what", ["top-k", "tta", "checkpoint", "pictures"])
+def test_parts_of_another_table_are_not_used(what, table, tmp_path, colour_run):
+    save(tmp_path / "other.pt", model.read(colour_run / "best.pt") | {"epoch": 99})
+    if what == "pictures":
+        noisy(COLOURS["red"], 8).save(tmp_path / "0b.png")
+    more = {"top-k": ["--top-k", 1], "tta": ["--tta", "shift"], "checkpoint": ["--checkpoint", tmp_path / "other.pt"]}
+    seen, errors, lines = table(*more.get(what, ()))
+    assert len(seen) == 7 + (what == "pictures") and "of another table, done anew" in errors
+    assert len(lines) == len(seen)
+
+
+def test_parts_on_another_machine_are_missed(tmp_path):
+    with pytest.raises(datasets.DataError, match=r"written on another machine; .* must be on a shared disk"):
+        predict.merge(tmp_path / "out.csv", [tmp_path / "out.csv.parts" / "000000000000.json"], 1)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_folder_of_ones_own_is_no_place_for_parts(ask, pictures):
+    (pictures / "out.csv.parts").mkdir()
+    (pictures / "out.csv.parts" / "mine.txt").write_text("mine")
+    status, _, errors = ask(pictures, "--csv", pictures / "out.csv")
+    assert status == 1 and "something else is in it" in errors and errors.count("\n") == 1
+    assert (pictures / "out.csv.parts" / "mine.txt").read_text() == "mine"
+
+
 def test_standard_input(ask, monkeypatch):
     content = io.BytesIO(as_bytes(noisy(COLOURS["blue"], 7)))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
@@ -142,6 +218,32 @@ def test_pictures_are_prepared_as_in_training(ask, colour_run, colour_folder):
     answer = {guess["class"]: guess["probability"] for guess in json.loads(lines[0])["classes"]}
     mine = torch.tensor([answer[name] for name in checkpoint["classes"]])
     assert (expected - mine).abs().sum(1).min() < 1e-4
+
+
+@pytest.mark.parametrize("tta", model.TTA)
+def test_views_of_pictures_can_be_chosen(tta, ask, pictures, colour_run):
+    network, checkpoint = model.load(colour_run / "best.pt")
+    checkpoint["config"]["tta"] = tta
+    expected = dict(predict.classify(pictures / "a.png", (network, checkpoint)))
+    [line] = ask("--json", "--tta", tta, pictures / "a.png")[1]
+    answer = {guess["class"]: guess["probability"] for guess in json.loads(line)["classes"]}
+    assert answer == pytest.approx(expected, abs=1e-5)
+    pixels, _ = datasets.read_picture(pictures / "a.png", predict.sizing(checkpoint))
+    image = torch.tensor(pixels).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        logits = model.mean_of_views(network, datasets.normalize(image, checkpoint["mean"], checkpoint["std"]), tta)
+    shares = dict(zip(checkpoint["classes"], logits.softmax(1)[0].tolist(), strict=True))
+    assert expected == pytest.approx(shares, abs=1e-5)
+
+
+def test_networks_that_learned_one_hot_labels_answer_with_them(colour_run, pictures):
+    network, checkpoint = model.load(colour_run / "best.pt")
+    checkpoint["config"] |= {"loss": "mse", "tta": "none"}
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        logits = network(datasets.normalize(images, checkpoint["mean"], checkpoint["std"]))
+    found = predict.probabilities(network, checkpoint, images)
+    assert torch.allclose(found, model.probabilities(logits, "mse"), atol=1e-5)
 
 
 def test_show_explains_each_picture_beside_it(ask, pictures):
@@ -175,6 +277,10 @@ def test_the_checkpoints_resize_is_applied(ask, colour_run, tmp_path):
         guesses = {guess["class"]: guess["probability"] for guess in json.loads(out)["classes"]}
         shares.append(guesses["green"])
     assert shares[1] > shares[0] + 0.1  # the rim is red, the middle green
+    (tmp_path / "data" / "test" / "green").mkdir(parents=True)
+    (tmp_path / "a.png").rename(tmp_path / "data" / "test" / "green" / "a.png")
+    [out] = ask("--evaluate", tmp_path / "data", "--json", "--checkpoint", tmp_path / "128.pt")[1]
+    assert json.loads(out)["loss"] == pytest.approx(-np.log(shares[1]), abs=1e-3)
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_answered(ask, pictures):
@@ -203,6 +309,8 @@ def test_an_empty_folder_is_named(ask, tmp_path):
         (["a.png", "--top-k", "0"], "--top-k 0: must be at least 1"),
         (["a.png", "--json", "--csv"], "not allowed with argument"),
         (["--evaluate", "shapes", "--csv"], "--csv: an evaluation is printed as text or with --json"),
+        (["-", "--csv", "a.csv"], "--csv a.csv: standard input cannot be gone on with"),
+        (["--evaluate", "shapes", "--show"], "--show: it explains pictures, not an evaluation"),
         (["a.png", "--checkpiont", "x"], "unknown flag --checkpiont; did you mean --checkpoint?"),
         (["a.png", "--device", "cuda:99"], "no device 'cuda:99' here"),
     ],

@@ -28,6 +28,7 @@ VARIANTS = {
     "held out": "--val-fraction 0.2 --optimizer muon",
     "photographs": "--jitter 0.3 --resized-crop 0.5 --cutout 4 --no-whiten",
 }
+STILL = ["--lr", "1e-30", "--no-batch-norm"]  # all epochs are equally good, and so the first is the best
 TIMES = {"epoch_seconds", "images_per_second", "clock"}  # what no run repeats
 
 
@@ -250,12 +251,32 @@ def test_a_run_without_a_name_or_folder_to_go_on_with_is_named(tmp_path, two_epo
         assert f"--resume {name}: {message}" in capsys.readouterr().err
 
 
+def test_the_newest_unfinished_run_goes_on(tmp_path):
+    for number, name in enumerate(("a", "c", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text("epochs = 1")
+        os.utime(tmp_path / name / "config.toml", (1e9 + number, 1e9 + number))
+    assert train.find_run("", str(tmp_path), {}) == tmp_path / "b"
+    (tmp_path / "a" / "interrupted.pt").write_bytes(b"")
+    assert train.find_run("", str(tmp_path), {}) == tmp_path / "a"
+
+
 def test_other_pictures_are_noticed(colour_folder, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(colour_folder, data)
     flags = "--epochs 1 --batch-size 20 --device cpu --no-views --no-whiten --run-name a --log-dir".split()
     assert train.cli(["--data", str(data), *flags, str(tmp_path)]) == 0
     (data / "train" / "red" / "00.png").unlink()
+    assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 1
+    assert "not the 60 pictures that the run trained on" in capsys.readouterr().err
+
+
+def test_other_classes_are_noticed(colour_folder, tmp_path, capsys):
+    shutil.copytree(colour_folder, tmp_path / "data")
+    flags = "--epochs 1 --batch-size 20 --device cpu --no-views --no-whiten --run-name a --log-dir".split()
+    assert train.cli(["--data", str(tmp_path / "data"), *flags, str(tmp_path)]) == 0
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "red").rename(tmp_path / "data" / split / "a red")
     assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 1
     assert "not the 60 pictures that the run trained on" in capsys.readouterr().err
 
@@ -281,10 +302,13 @@ def nested(depth: int) -> list:
     return [nested(depth - 1)] * 10 if depth else []
 
 
+FIGURES = dict.fromkeys(("train_loss", "train_accuracy", "test_loss", "test_accuracy"), 0.5) | {"lr": "x"}
 STRANGE = {
     "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}},
     "optimizer ": {"state": {0: {"momentum_buffer": nested(9)}}},
     "history": [{"epoch": 1}, {"epoch": 2}],
+    "history ": [],
+    "history  ": [FIGURES | {"epoch": number, "step": number} for number in (1, 2)],
     "mistakes": ["\x1b]0;x"],
     "unevaluated": {"epoch": 1},
     "pictures": "200",
@@ -348,11 +372,12 @@ def test_best_is_made_anew_from_its_epochs_checkpoint(tmp_path, whole, capsys):
     (tmp_path / "a" / "best.pt").unlink()
     assert resumed(tmp_path, "a") == 0
     assert not differences(whole["plain"], contents(tmp_path / "a"))
-    (tmp_path / "a" / "best.pt").unlink()
-    for path in (tmp_path / "a").glob("epoch_00[12].pt"):
+    assert started(tmp_path, "b", *STILL) == 0
+    (tmp_path / "b" / "best.pt").unlink()
+    for path in (tmp_path / "b").glob("epoch_00[12].pt"):
         path.unlink()
     capsys.readouterr()
-    assert resumed(tmp_path, "a") == 1  # and is not replaced by what is not the best
+    assert resumed(tmp_path, "b") == 1  # and is not replaced by what is not the best
     out, err = capsys.readouterr()
     assert "best.pt is not that of epoch 1, and cannot be made anew: " in err and "predict.py" not in out
     assert err.endswith("train.py: not saved: best.pt (its checkpoint, epoch_001.pt, is gone)\n")
@@ -413,6 +438,17 @@ def test_a_trainer_goes_on_on_another_device(tmp_path, at_step):
     assert all(of["momentum_buffer"].is_meta for of in trainer.optimizer.state.values())
 
 
+def test_the_scale_of_fp16_goes_on_too():
+    trainers = [
+        train.make_trainer(model.CifarQuick(image_size=8), train.Config(), 10, torch.device("cpu"), torch.float16)
+        for _ in range(2)
+    ]
+    state = trainers[0].state_dict()
+    state["scaler"]["scale"] = 8.0
+    trainers[1].load_state_dict(state)
+    assert trainers[1].scaler.get_scale() == 8
+
+
 def test_a_run_of_an_earlier_version_can_be_started_from(two_epochs, tmp_path, capsys):
     shutil.copytree(two_epochs, tmp_path / "a")
     for path in (tmp_path / "a").glob("epoch*.pt"):
@@ -436,6 +472,13 @@ def test_a_run_that_another_process_trains_is_refused(two_epochs, monkeypatch, c
     with FileLock(two_epochs / "run.lock"):
         assert train.cli(["--resume", str(two_epochs), "--epochs", "3"]) == 2
         assert capsys.readouterr().err == f"train.py: --resume {two_epochs}: another process is training this run\n"
+
+
+def test_a_new_run_leaves_a_folder_that_another_has_just_made(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    with FileLock(tmp_path / "a" / "run.lock"):
+        assert started(tmp_path, "a") == 1
+    assert capsys.readouterr().err.endswith(f"train.py: {tmp_path / 'a'}: another run has this folder\n")
 
 
 # ---- the disk ----
@@ -525,7 +568,7 @@ def test_a_small_disk_keeps_whole_files_alone(tmp_path):
 
 def test_a_folder_that_went_away_ends_the_run_with_a_message(tmp_path, at_step, capsys):
     at_step[30] = lambda: (tmp_path / "a").rename(tmp_path / "b")
-    assert started(tmp_path, "a") == 1
+    assert started(tmp_path, "a", *STILL) == 1
     assert {path.name for path in (tmp_path / "b").glob("*.pt")} == {"epoch_001.pt", "best.pt"}
     assert "epoch_002.pt (No such file or directory)" in capsys.readouterr().err.splitlines()[-1]
 
@@ -538,6 +581,14 @@ def test_keep_removes_only_what_the_run_wrote(tmp_path):
     assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "4", "--keep", "1"]) == 0
     names = {path.name for path in (tmp_path / "a").iterdir() if not path.name.startswith("events")}
     assert names == {"config.toml", "metrics.jsonl", "best.pt", "epoch_004.pt", "notes.txt", "my_epoch_009.pt"}
+
+
+def test_keep_leaves_what_best_can_be_made_of(tmp_path, at_step):
+    at_step[1] = lambda: (tmp_path / "a" / "best.pt").mkdir()  # which no file can replace
+    assert started(tmp_path, "a", "--keep", "1") == 1
+    assert {path.name for path in (tmp_path / "a").glob("epoch*.pt")} == {f"epoch_00{n}.pt" for n in (1, 2, 3)}
+    (tmp_path / "a" / "best.pt").rmdir()
+    assert resumed(tmp_path, "a") == 0 and model.read(tmp_path / "a" / "best.pt")["config"]["keep"] == 1
 
 
 # ---- numbers ----
@@ -575,6 +626,10 @@ def test_gradients_are_shortened():
     trainer.step(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]), config)
     after = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
     assert (after - before).norm().item() == pytest.approx(0.01, rel=1e-3) and trainer.gradient_norm() > 0.1
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # as in fp16: they are unscaled first
+    trainer.step(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]), config)
+    again = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+    assert (again - after).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_deterministic_runs_give_the_same_bits(tmp_path):
@@ -595,12 +650,12 @@ def test_deterministic_runs_give_the_same_bits(tmp_path):
 
 
 def test_patience_ends_a_run_that_gets_no_better(tmp_path, capsys):
-    assert started(tmp_path, "a", "--lr", "1e-30", "--epochs", "9", "--patience", "2") == 0
+    assert started(tmp_path, "a", *STILL, "--epochs", "9", "--patience", "2") == 0
     out, _ = capsys.readouterr()
     lines = contents(tmp_path / "a")["metrics"]
     assert [line.get("ended") for line in lines] == [*[None] * (len(lines) - 1), "patience"] and len(lines) < 9
     best = max(lines, key=lambda line: line["test_accuracy"])["epoch"]
-    assert len(lines) == best + 2 and f"ended after epoch {best + 2} of 9 by --patience 2\n" in out
+    assert best == 1 and len(lines) == best + 2 and f"ended after epoch {best + 2} of 9 by --patience 2\n" in out
     assert resumed(tmp_path) == 2
     capsys.readouterr()
     assert train.cli(["--resume", str(tmp_path / "a"), "--patience", "4"]) == 0

@@ -15,6 +15,7 @@ from PIL import Image
 import datasets
 import model
 import train
+import views
 
 QUICK = "--data shapes --limit 200 --epochs 1 --device cpu --no-views".split()
 
@@ -77,6 +78,45 @@ def test_test_figures_are_exact_means_in_eval_mode(run):
     assert checkpoint["metrics"]["test_accuracy"] == (logits.argmax(1) == labels).sum().item() / 1000
     expected = torch.nn.functional.cross_entropy(logits, labels).item()
     assert checkpoint["metrics"]["test_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_training_figures_are_exact_means_too(tmp_path):
+    flags = "--lr 1e-30 --no-batch-norm --no-flip --crop 0 --label-smoothing 0 --precision fp32 --run-name a".split()
+    assert train.cli([*QUICK, *flags, "--log-dir", str(tmp_path)]) == 0  # 200 pictures: the last batch has 8
+    network, checkpoint = model.load(tmp_path / "a" / "epoch_001.pt")
+    train_set, _ = datasets.load("shapes", limit=200)
+    scores = model.score(*model.outputs(network, train_set.batches(50)))
+    assert checkpoint["metrics"]["train_loss"] == pytest.approx(scores["loss"], rel=1e-4)
+    assert checkpoint["metrics"]["train_accuracy"] == pytest.approx(scores["accuracy"], abs=0.006)
+
+
+def test_mistakes_are_those_of_the_best_epoch(tmp_path, monkeypatch, capsys):
+    add_epoch = train.add_epoch
+
+    def first_is_best(run, trainer, metrics, *more):
+        metrics["test_accuracy"] = 1 / metrics["epoch"]
+        return add_epoch(run, trainer, metrics, *more)
+
+    monkeypatch.setattr(train, "add_epoch", first_is_best)
+    assert train.cli([*QUICK, "--epochs", "2", "--log-dir", str(tmp_path), "--run-name", "a"]) == 0
+    found = []
+    for name in ("best", "epoch_002"):
+        network, checkpoint = model.load(tmp_path / "a" / f"{name}.pt")
+        [test_set] = datasets.load("shapes", limit=200, splits=["test"])
+        pairs = views.count_pairs(*model.outputs(network, test_set.batches(50), checkpoint["config"]["tta"]))
+        found.append(f"most mistaken: {', '.join(views.worst_pairs(pairs, test_set.classes))}")
+    assert found[0] in capsys.readouterr().out.splitlines() and found[0] != found[1]
+
+
+def test_every_setting_of_the_data_is_heeded(colour_folder):
+    how = {"image_size": 20, "resize": 30, "interpolation": "bicubic", "limit": 12}
+    how |= {"mean": (0.1, 0.2, 0.3), "std": (0.2, 0.3, 0.4)}
+    found = train.load_data(train.Config(data=str(colour_folder), **how), torch.device("cpu"))
+    for pictures, expected in zip(found, datasets.load(str(colour_folder), **how), strict=True):
+        assert torch.equal(pictures.images, expected.images) and torch.equal(pictures.labels, expected.labels)
+        assert (pictures.mean, pictures.std) == (expected.mean, expected.std)
+    plain = datasets.load(str(colour_folder), **how | {"resize": 20})[0]
+    assert not torch.equal(found[0].images, plain.images)
 
 
 def test_tensorboard_gets_all_tags_at_the_same_steps(run):
@@ -235,6 +275,54 @@ def test_a_step_is_nesterov_sgd_with_decay_of_weights_alone():
         assert torch.allclose(value, before[name] - 0.1 * 1.9 * gradient, atol=1e-5), name
 
 
+def test_a_batch_in_pieces_is_the_same_step():
+    images, labels, found = torch.rand(7, 3, 8, 8), torch.arange(7) % 2, []
+    for pieces in (1, 3):
+        torch.manual_seed(0)
+        network = model.CifarQuick(classes=2, image_size=8, batch_norm=False)
+        config = train.Config(lr=0.1, accumulate=pieces)
+        trainer = train.make_trainer(network, config, 10, torch.device("cpu"), torch.float32)
+        loss, logits = trainer.step(images, labels, config)
+        found.append([loss, logits, *network.parameters()])
+    for whole, in_pieces in zip(*found, strict=True):
+        assert torch.allclose(whole, in_pieces, atol=1e-6)
+
+
+def test_training_goes_through_the_batches_of_each_epoch_and_draws_anew_at_each_step(tmp_path, monkeypatch):
+    steps, seeds, step = [], [], train.Trainer.step
+
+    def noted(trainer, images, labels, *more):
+        steps.append((images.clone(), labels))
+        seeds.append(torch.initial_seed())
+        return step(trainer, images, labels, *more)
+
+    monkeypatch.setattr(train.Trainer, "step", noted)
+    flags = "--data shapes --limit 50 --epochs 2 --batch-size 10 --flip --crop 3 --cutout 8 --seed 5 --device cpu"
+    assert train.cli([*flags.split(), "--no-views", "--log-dir", str(tmp_path)]) == 0
+    train_set, _ = datasets.load("shapes", limit=50)
+    augment = datasets.Augment(flip=True, crop=3, cutout=8)
+    expected = [batch for epoch in (1, 2) for batch in train_set.batches(10, True, augment, 5, epoch)]
+    for (images, labels), (of_images, of_labels) in zip(steps, expected, strict=True):
+        assert torch.equal(images, of_images) and torch.equal(labels, of_labels)
+    assert len(set(seeds)) == len(seeds) == 10
+
+
+def test_muon_remembers_gradients_and_shrinks_weights():
+    weight = torch.nn.Parameter(torch.randn(8, 4))
+    idle = torch.nn.Parameter(torch.ones(2, 2))  # no answer hangs on it
+    groups = [{"params": [weight, idle], "lr": 0.1, "weight_decay": 0.5, "orthogonal": True}]
+    optimizer = train.Muon(groups, 0.1, 0.9, nesterov=True, precision=torch.float32)
+    gradients = torch.randn(3, 8, 4)
+    expected, buffer = weight.detach().clone(), torch.zeros(8, 4)
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+        buffer = 0.9 * buffer + gradient
+        step = train.orthogonal(gradient + 0.9 * buffer)
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * 2**0.5 * step
+    assert torch.allclose(weight, expected, atol=1e-5) and torch.equal(idle, torch.ones(2, 2))
+
+
 @pytest.mark.parametrize("shape", [(32, 3, 5, 5), (64, 32), (8, 200), (200, 8)])
 def test_orthogonal_matrices_have_singular_values_near_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).flatten(1)
@@ -293,6 +381,19 @@ def test_every_recipe_option_changes_the_result_and_is_remembered(tmp_path, colo
     assert losses[0] != losses[1]
 
 
+def test_labels_are_smoothed_in_training_alone(tmp_path):
+    flags = [*QUICK, *"--epochs 2 --lr 1e-30 --no-flip --crop 0 --log-dir".split(), str(tmp_path), "--run-name"]
+    assert train.cli([*flags, "plain", "--label-smoothing", "0"]) == 0
+    assert train.cli([*flags, "smooth", "--label-smoothing", "0.5"]) == 0
+    plain, smooth = (metrics(tmp_path / name)[-1] for name in ("plain", "smooth"))
+    assert plain["train_loss"] != smooth["train_loss"] and plain["test_loss"] == smooth["test_loss"]
+
+
+def test_the_first_of_equal_epochs_is_the_best():
+    history = [{"epoch": epoch, "test_accuracy": share} for epoch, share in ((1, 0.3), (2, 0.5), (3, 0.5))]
+    assert train.best_of(history)["epoch"] == 2
+
+
 def test_the_second_half_trains_on_the_hardest_pictures(tmp_path, capsys):
     flags = "--data shapes --limit 500 --epochs 3 --batch-size 50 --hardest 0.3 --device cpu --no-views --run-name a"
     assert train.cli([*flags.split(), "--log-dir", str(tmp_path)]) == 0
@@ -314,6 +415,22 @@ def test_held_out_pictures_choose_the_epoch_and_the_test_comes_last(tmp_path, ca
     out = capsys.readouterr().out
     assert f"test accuracy {best['metrics']['test_accuracy']:.1%}" in out and "chosen on" not in out
     assert [event.step for event in events(tmp_path / "a").Scalars("accuracy/test")] == [best["metrics"]["step"]]
+
+
+def test_it_is_the_best_epochs_network_that_is_tested(tmp_path, monkeypatch):
+    add_epoch = train.add_epoch
+
+    def first_is_best(run, trainer, metrics, *more):
+        metrics["val_accuracy"] = 1 / metrics["epoch"]
+        return add_epoch(run, trainer, metrics, *more)
+
+    monkeypatch.setattr(train, "add_epoch", first_is_best)
+    flags = "--data shapes --limit 200 --epochs 2 --val-fraction 0.2 --device cpu --precision fp32 --run-name a"
+    assert train.cli([*flags.split(), "--log-dir", str(tmp_path)]) == 0
+    network, best = model.load(tmp_path / "a" / "best.pt")
+    [test_set] = datasets.load("shapes", limit=200, splits=["test"], mean=best["mean"], std=best["std"])
+    scores = model.score(*model.outputs(network, test_set.batches(100), best["config"]["tta"]))
+    assert best["epoch"] == 1 and best["metrics"]["test_loss"] == pytest.approx(scores["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cifar_quick", "tutorial", "shapes", "ants_bees", "fast"])

@@ -96,7 +96,7 @@ def test_the_head_is_kept_for_the_same_classes_and_new_for_others(run, colour_fo
         assert all(torch.equal(own[key], value) for key, value in old["state_dict"].items() if key not in names)
 
 
-def test_an_appended_layer_stands_behind_all_that_was_there(run, tmp_path):
+def test_an_appended_layer_stands_behind_all_that_was_there(run, tmp_path, capsys):
     old = torch.load(run / "best.pt", weights_only=True)["state_dict"]
     checkpoint = train_from(tmp_path, "--weights", run / "best.pt", "--head", "append", "--freeze", "all")
     new = checkpoint["state_dict"]
@@ -108,6 +108,9 @@ def test_an_appended_layer_stands_behind_all_that_was_there(run, tmp_path):
     # and can be stood on again, with a new last layer
     again = train_from(tmp_path, "--weights", tmp_path / "a" / "best.pt", "--head", "replace", "--run-name", "b")
     assert again["model"]["options"]["append"] == 10
+    flags = [*QUICK, "--log-dir", str(tmp_path), "--weights", str(tmp_path / "a" / "best.pt"), "--head", "append"]
+    assert train.cli([*flags, "--run-name", "c"]) == 2
+    assert "has an appended layer already; add --head replace" in capsys.readouterr().err
 
 
 def test_the_tutorials_appended_layer_on_a_network_of_torchvision(imagenet, tmp_path):

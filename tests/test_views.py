@@ -57,6 +57,8 @@ def test_pictures_come_before_training_and_every_so_many_epochs(events):
 
 
 def test_texts_curves_histograms_and_layout_are_there(events):
+    from tensorboard.util.tensor_util import make_ndarray
+
     tags = events.Tags()
     assert {f"pr/{name}" for name in datasets.SHAPES} <= set(tags["tensors"])
     assert {"config/text_summary", "machine/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
@@ -65,6 +67,10 @@ def test_texts_curves_histograms_and_layout_are_there(events):
     machine = events.Tensors("machine/text_summary")[0].tensor_proto.string_val[0].decode()
     assert torch.__version__ in machine and "| device | cpu |" in machine and "| revision | " in machine
     assert {"weights/stage1.conv.weight", "gradients/head.bias"} <= set(tags["histograms"])
+    last = [events.Histograms(f"{kind}/head.weight")[-1].histogram_value for kind in ("weights", "gradients")]
+    assert (last[0].min, last[0].max) != (last[1].min, last[1].max)
+    counts = make_ndarray(events.Tensors("pr/ring")[-1].tensor_proto)  # true and false positives, ... by threshold
+    assert counts[:2, 0].tolist() == [100, 900]
 
 
 def test_the_projector_has_the_test_pictures(viewed):
@@ -134,6 +140,36 @@ def test_views_leave_the_training_as_it_is(tmp_path):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+def test_a_full_disk_leaves_no_half_event(tmp_path):
+    resource = pytest.importorskip("resource", reason="needs a limit of file sizes (not on Windows)")
+    writer, before = views.board(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = writer.file_writer.event_writer
+    writer.add_scalar("a", 1.0, 1)
+    file.flush()
+    whole = file.path.read_bytes()
+    writer.add_scalar("b", 2.0, 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 9, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file.path.read_bytes() == whole
+    file.flush()
+    assert file.path.read_bytes().startswith(whole) and file.path.stat().st_size > len(whole) and not file.waiting
+
+
+def test_events_are_written_every_half_minute(tmp_path):
+    writer = views.board(tmp_path)
+    file = writer.file_writer.event_writer
+    before = file.path.stat().st_size
+    writer.add_scalar("a", 1.0, 1)
+    assert file.path.stat().st_size == before
+    file.flushed -= file.seconds + 1
+    writer.add_scalar("b", 2.0, 2)
+    assert file.path.stat().st_size > before and not file.waiting
+
+
 # ---- the functions ----
 
 
@@ -158,6 +194,33 @@ def test_a_confusion_of_up_to_a_hundred_classes(count):
     counts = torch.randint(0, 50, (count, count)) + 500 * torch.eye(count).long()
     picture = views.confusion(counts, [f"a rather long class name {number}" for number in range(count)])
     assert picture.dtype == np.uint8 and picture.shape[0] == picture.shape[1] < 2500
+
+
+def test_a_confusions_rows_are_the_truth_and_its_colours_their_shares():
+    picture = views.confusion(torch.tensor([[9, 1], [0, 100]]), ["a", "b"]).astype(int)
+    first = picture.shape[0] - 44 * 2 - 10
+    cells = picture[first + 3 :: 44, first + 3 :: 44][:2, :2]
+    shares = np.array([[0.9, 0.1], [0, 1]])
+    assert np.array_equal(cells, views.colours(shares))
+
+
+def test_of_many_classes_those_with_the_most_mistakes_are_shown():
+    counts = 10 * torch.eye(103).long()
+    counts[3:, 3:] += 1  # the first three are never mistaken
+    names = [f"class {number}" for number in range(103)]
+    assert np.array_equal(views.confusion(counts, names), views.confusion(counts[3:, 3:], names[3:]))
+
+
+def test_captions_tell_the_truth_from_the_guess():
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    labels, shares, names = torch.tensor([0, 1]), torch.tensor([[0.1, 0.9], [0.2, 0.8]]), ["cat", "dog"]
+    tiles = [views.enlarged(picture, views.TILE) for picture in views.arrays(images)]
+    expected = views.grid(tiles, ["is cat\n90% dog", "is dog\n80% dog"])
+    assert np.array_equal(views.mistakes(images, labels, shares, names), expected)
+    network, inputs = LooksAtACorner(True).eval(), images.float() / 255
+    heats = [views.saliency(network, image[None]) for image in inputs]
+    shown = views.saliency_in(network, lambda _: (inputs, images, labels), shares, names)
+    assert np.array_equal(shown, views.saliencies(images, heats, ["dog (is cat)", "dog"]))
 
 
 def test_samples_keep_their_colours_and_pixels():
@@ -209,6 +272,34 @@ def test_saliency_is_where_the_answer_comes_from(with_layer):
     heat = views.saliency(LooksAtACorner(with_layer).eval(), torch.rand(1, 3, 32, 32) + 0.5)
     assert heat.shape == (32, 32) and heat.max() == 1 and heat.min() >= 0
     assert heat[:16, :16].mean() > 0.4 and heat[17:, 17:].max() == 0
+
+
+class LooksForAndAgainst(nn.Module):
+    """The answer hangs on what lies to the upper left; what lies below speaks against it, and for the other class."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 2, 1, bias=False)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]).view(2, 3, 1, 1))
+
+    def forward(self, images):
+        left, below = self.layer(images).mean((2, 3)).unbind(1)
+        return torch.stack([2 * left - below, 3 * below], 1)
+
+
+def test_saliency_is_of_what_speaks_for_the_answer():
+    image = torch.zeros(1, 3, 32, 32)
+    image[:, 0, :16, :16] = 1  # for the first class
+    image[:, 1, 16:] = 0.2  # for the second
+    heat = views.saliency(LooksForAndAgainst(), image)
+    assert heat.min() == 0 and heat[:16, :16].min() == 1 and heat[16:].max() == 0 and heat[:16, 16:].max() == 0
+
+
+def test_what_does_not_matter_is_dimmed():
+    picture, heat = np.full((2, 2, 3), 200, np.uint8), torch.tensor([[1.0, 0.25], [0.0, 0.0]])
+    shown = views.salient(picture, heat)[..., 0]
+    assert shown[0, 0] == 200 > shown[0, 1] > shown[1, 0] == 47
 
 
 def test_outputs_are_those_of_the_layers_before_they_are_changed_in_place():

@@ -1082,9 +1082,10 @@ def is_the_archive(path: Path) -> bool:
 
 
 def shapes(split: str, count: int = 0, side: int = 32, limit: int = 0) -> Pictures:
-    """Drawn pictures of ten shapes (5,000 to train, 1,000 to test), which vary in all but the shape.
+    """Drawn pictures of ten shapes, which vary in all but the shape: the `train` set has 5,000, the `test` set 1,000.
 
-    With a `limit` no more of them than it takes to find so many with all classes even.
+    `count` and `side` ask for another number and size. With a `limit` only as many are drawn as it takes to choose so
+    many of them with all classes even.
 
     Only a frozen random stream and arithmetic that IEEE 754 fixes to the bit (no sine, no power) are used, so that
     every machine draws the same pictures.

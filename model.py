@@ -29,7 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from device import CallError, Parser, Problem, command, end, flag, printable, reason, suggestion
+from device import CallError, Group, Parser, Problem, command, end, flag, printable, reason, suggestion
+
+if typing.TYPE_CHECKING:
+    from datasets import Pictures
 
 FORMAT = 2  # of a checkpoint; grows when an older reader could misread a newer file
 CONTENT = {"format": int, "model": dict, "classes": list, "image_size": int, "resize": int, "interpolation": str}
@@ -342,8 +345,8 @@ def outputs(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], tta: s
 
 def outputs_of_all(
     network: nn.Module,
-    pictures,
-    group,
+    pictures: "Pictures",
+    group: Group,
     classes: int,
     tta: str = "none",
     check: typing.Callable[[], object] = lambda: None,
@@ -400,7 +403,10 @@ METRICS = {"accuracy": accuracy}  # of logits (N, classes) and int64 labels (N,)
 
 
 def score(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> dict[str, float]:
-    """The mean loss per picture, without label smoothing, as "loss", and all of METRICS by their names."""
+    """The mean loss per picture, without label smoothing, as "loss", and all of METRICS by their names.
+
+    Takes float logits `(N, classes)` and int64 labels `(N,)`; `kind` is one of LOSSES.
+    """
     found = {name: metric(logits, labels) for name, metric in METRICS.items()}
     return {"loss": loss_function(logits, labels, kind).item()} | found
 

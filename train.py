@@ -60,7 +60,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar_quick.toml"
 LOG_STEPS = 100  # between two points of the training curves
 VOTE_SECONDS = 0.5  # between two votes of several processes
 WRAPPED = []  # networks in groups, for good: PyTorch 2.10 can wait for itself when it frees one
-SEEN = torch.finfo(torch.float32).tiny  # the least share of 1 that a picture's class is said to have got
+SEEN = torch.finfo(torch.float32).tiny  # the least confidence that is noted: 0 stands for what was not seen yet
 INTERRUPTED = "interrupted.pt"  # the checkpoint in the middle of an epoch
 LOCK, LOCK_SECONDS = "run.lock", 6  # workers of a killed process notice that within 5 seconds
 RESOLVED = {"image_size", "resize", "interpolation", "activation", "mean", "std"}  # where "auto" becomes a value
@@ -714,7 +714,7 @@ class Trainer:
         return model.loss_function(logits, labels, config.loss, config.label_smoothing)
 
     def end_epoch(self) -> None:
-        """What was learned about the pictures is now of all of them."""
+        """The epoch is over: its confidences replace earlier ones, but for the pictures that it left out."""
         if self.sums.confidence is not None:
             before = torch.zeros_like(self.sums.confidence) if self.confidence is None else self.confidence
             self.confidence = torch.where(self.sums.confidence > 0, self.sums.confidence, before)

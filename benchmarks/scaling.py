@@ -60,7 +60,7 @@ def side(rounds: int, flags: list[str]) -> None:
 
         ours, bare = new_trainer(), new_trainer()
         images, labels = next(train_set.batches(config.batch_size, group=group))
-        votes = train.Votes(group, Interrupts(group), train.Clock())
+        votes = train.Votes(group, Interrupts(group), ours.clock)
         steps = len(datasets.cuts(len(train_set), config.batch_size))
 
         def epoch() -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import multiprocessing.forkserver
 import os
 import subprocess
 import sys
@@ -72,9 +73,22 @@ def run(tmp_path_factory) -> Path:
 def colour_run(tmp_path_factory, colour_folder) -> Path:
     """The run folder of a network that tells the colours of `colour_folder` apart."""
     logs = tmp_path_factory.mktemp("logs")
-    flags = f"--epochs 15 --batch-size 20 --log-dir {logs} --run-name colours --device cpu --no-whiten"
+    flags = f"--epochs 15 --batch-size 20 --log-dir {logs} --run-name colours --device cpu --no-whiten --view-every 15"
     assert train.cli(["--data", str(colour_folder), *flags.split()]) == 0
     return logs / "colours"
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes at once: they come from a server that has imported everything."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs processes that a server starts (not on Windows)")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "predict", "torch.utils.tensorboard", "torch._inductor", "tqdm"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture

@@ -39,6 +39,14 @@ def test_the_other_sides_learn(colour_folder):
     assert len(curve) == 2 and curve[1][0] > curve[0][0] > 0
 
 
+def test_one_process_of_a_group_measures_both_sides(monkeypatch, capsys):
+    scaling = imported("scaling")
+    monkeypatch.setattr(scaling, "PICTURES", 200)
+    scaling.side(1, ["--batch-size", "50", "--device", "cpu"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 4 and found["ours"][0] > 0 and found["bare"][0] > 0
+
+
 def test_the_picture_of_a_race_names_every_side(tmp_path):
     picture = imported("picture")
     curves = {"ours & theirs": [[[6, 0.6], [12, 0.7]], [[8, 0.7], [16, 0.8]]], "others": [[[100, 0.65]]]}

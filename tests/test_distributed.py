@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,31 @@ if __name__ == "__main__":
 # ---- in pytest ----
 
 
+def member(environment: dict[str, str], plan: Path) -> None:
+    os.environ |= environment
+    torch.set_num_threads(1)
+    run_plan(plan)
+
+
+def group(processes, count: int, plan: dict[str, dict], folder: Path) -> list[dict]:
+    """Start a group as torchrun does, but at once; what each of its processes found."""
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": uuid.uuid4().hex}
+    members = []
+    for rank in range(count):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
+        members.append(processes.Process(target=member, args=(environment, folder / "plan.json")))
+        members[-1].start()
+    for process in members:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in members] == [0] * count
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
 def torchrun(count: int, plan: dict[str, dict], folder: Path, *flags: str) -> tuple[list[dict], str]:
     """Start a group; what each of its processes found, and what torchrun printed."""
     folder.mkdir(parents=True)
@@ -141,7 +167,7 @@ def resuming(root: Path, before: Path, after: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found(root) -> dict:
+def found(root, processes) -> dict:
     """What groups of one, two and three processes found, by their size and rank."""
     one = {name: call(task) for name, task in shared_plan(root, 1).items()}
     one["stopped"] = call(training(root / "1", "stopped", AGREEING["hard"], fault="stopped", at=[0, 8]))
@@ -156,11 +182,11 @@ def found(root) -> dict:
     plan["averages"] = training(root / "2", "averages", "--lr 0.01")  # of each process's pictures
     plan["small"] = training(root / "2", "small", "--batch-size 3 --accumulate 2")
     plan["wrong"] = training(root / "2", "wrong", AGREEING["held out"], fault="wrong", at=[1, 3])
-    two, _ = torchrun(2, plan, root / "two")
+    two = group(processes, 2, plan, root / "two")
     one["2 to 1"] = call(resuming(root, root / "2" / "stopped", "2 to 1"))
     plan = shared_plan(root, 3) | {"2 to 3": resuming(root, root / "2" / "stopped", "2 to 3")}
     plan["late"] = training(root / "3", "late", AGREEING["held out"] + " --timeout 2", fault="late", at=[1, 3])
-    three, _ = torchrun(3, plan, root / "three")
+    three = group(processes, 3, plan, root / "three")
     return {1: [one], 2: two, 3: three}
 
 

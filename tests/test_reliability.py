@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -158,11 +157,9 @@ def child(flags: list[str]) -> None:
     os._exit(train.cli(flags))
 
 
-def test_killed_runs_go_on_to_the_same_result(tmp_path, request, monkeypatch):
+def test_killed_runs_go_on_to_the_same_result(tmp_path, request, processes):
     """Processes are really killed, at random moments of their life; `--kills 200` does it more often."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # for the preloading
-    processes, dice = multiprocessing.get_context("forkserver"), random.Random(0)
-    processes.set_forkserver_preload(["test_reliability", "torch.utils.tensorboard", "torch._inductor", "tqdm"])
+    dice = random.Random(0)
 
     def lives(run: Path, seconds: float) -> bool:
         """Start or resume the run, kill it after these seconds; whether it had ended by then."""

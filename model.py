@@ -843,8 +843,8 @@ def measure(network: nn.Module, image_size: int) -> tuple[dict[str, tuple], dict
 
     image = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
     counter, training = FlopCounterMode(display=False), network.training
-    shapes = watched(network.named_modules(), lambda output: tuple(answers(output)[0].shape[1:]))
-    with shapes as shapes, counter, torch.no_grad(), plain_attention(), sdpa_kernel(SDPBackend.MATH):
+    watching = watched(network.named_modules(), lambda output: tuple(answers(output)[0].shape[1:]))
+    with watching as shapes, counter, torch.no_grad(), plain_attention(), sdpa_kernel(SDPBackend.MATH):
         network.eval()(image)
     network.train(training)
     flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}

@@ -49,6 +49,7 @@ from device import (
     pick,
     pick_precision,
     problem,
+    reason,
     seed,
     setting,
     suggestion,
@@ -888,7 +889,7 @@ def train_epoch(
     parts = datasets.cuts(len(order), config.batch_size)
     sums = trainer.sums = trainer.sums or new_sums(trainer, len(train_set), config)
     steps_before, losses = trainer.schedule.last_epoch - sums.step, []
-    places = own_places(order, parts, config, trainer) if config.hardest < 1 else [None] * len(parts)
+    places = [None] * len(parts) if sums.confidence is None else own_places(order, parts, config, trainer)
     how = config.batch_size, config.shuffle, augmentation(config), config.seed, epoch
     batches = train_set.batches(*how, keep, sums.step, group, config.accumulate)
     progress, shown = bar(f"epoch {epoch}/{config.epochs}", len(parts), "steps", sums.step), ""
@@ -1279,8 +1280,12 @@ def reopen(run: Run, folder: Path) -> None:
             return
     epochs = folder / "metrics.jsonl"  # the first one's are there before its checkpoint
     if found or (epochs.exists() and epochs.read_bytes().count(b"\n") > 1):
-        hint = f"--weights {quoted(folder / 'best.pt')} starts a new run from its best weights"
-        raise model.CheckpointError(f"{folder}: none of its checkpoints can be resumed; {hint}")
+        raise model.CheckpointError(f"{folder}: none of its checkpoints can be resumed; {new_run(folder)}")
+
+
+def new_run(folder: Path) -> str:
+    """What to do where a run cannot be resumed, as the end of an error message."""
+    return f"--weights {quoted(folder / 'best.pt')} starts a new run from its weights"
 
 
 def resumed_config(run: Run, given: dict) -> Config:
@@ -1309,9 +1314,8 @@ def own_config(run: Run) -> Config:
             setattr(run, name, run.checkpoint["training"][name])
         trouble = bad_history(run, of_checkpoint)
     except (ConfigError, KeyError, TypeError, AttributeError) as error:
-        hint = f"--weights {quoted(run.folder / 'best.pt')} starts a new run from its weights"
-        reason = "its checkpoint is of another version, whose runs this one cannot resume"
-        raise model.CheckpointError(f"{run.folder}: {reason}; {hint}") from error
+        why = "its checkpoint is of another version, whose runs this one cannot resume"
+        raise model.CheckpointError(f"{run.folder}: {why}; {new_run(run.folder)}") from error
     if trouble:
         raise model.CheckpointError(f"{run.folder}: its checkpoint's {trouble}")
     # What can change was perhaps changed after that checkpoint.
@@ -1326,10 +1330,8 @@ def check_changes(run: Run, config: Config, given: dict) -> None:
         same = value == getattr(config, name) or (name in RESOLVED and value in ("auto", 0, ()))
         same |= (name == "run_name" and value == run.folder.name) or (name == "data" and Path(value).is_dir())
         if not same and not may_change(name):
-            raise ConfigError(
-                f"{flag(name)}: the run has {getattr(config, name)!r}, which cannot change any more; "
-                f"--weights {quoted(run.folder / 'best.pt')} starts a new run from its weights"
-            )
+            had = f"the run has {getattr(config, name)!r}, which cannot change any more"
+            raise ConfigError(f"{flag(name)}: {had}; {new_run(run.folder)}")
     epochs = given.get("epochs", config.epochs)
     if config.epochs > epochs <= len(run.history):
         raise ConfigError(f"--epochs {epochs}: the run has {len(run.history)} epochs already")
@@ -1382,7 +1384,7 @@ def go_on(run: Run, trainer: Trainer, train_set: datasets.Pictures, config: Conf
     except Exception as error:  # a stranger's file can hold anything
         if type(error) is RuntimeError and trainer.group.count > 1:  # perhaps another process is gone
             raise
-        raise model.CheckpointError(f"{run.folder}: its training cannot go on: {str(error)[:200]}") from error
+        raise model.CheckpointError(f"{run.folder}: its training cannot go on: {reason(error)}") from error
     where = f" at step {trainer.sums.step}" if trainer.sums else " with its evaluation" if run.unevaluated else ""
     where = "is finished" if has_ended(run.history, config) else f"goes on in epoch {len(run.history) + 1}{where}"
     note(config, f"{run.folder}: {where}")

@@ -209,17 +209,18 @@ def saliency(network: nn.Module, image: Tensor) -> Tensor:
     """Which pixels of an image `(1, 3, H, W)` the answer hangs on: `(H, W)` in [0, 1].
 
     Grad-CAM (Selvaraju et al. 2017, arxiv.org/abs/1610.02391) at the last layer whose output is a map of at least 4x4;
-    the size of the input's gradient (Simonyan et al. 2014, arxiv.org/abs/1312.6034) where there is none.
+    the size of the input's gradient (Simonyan et al. 2014, arxiv.org/abs/1312.6034) where there is no such layer, or
+    nothing in its map speaks for the answer.
     """
     image = image.detach().clone().requires_grad_(True)
     with watched(leaves(network), lambda output: output) as seen, torch.enable_grad():
         logit = network(image)[0].max()
-        at = next((output for output in reversed(seen.values()) if is_map(output)), image)
-        [gradient] = torch.autograd.grad(logit, [at])
-    if at is image:
-        heat = gradient.abs().amax(1, keepdim=True)
-    else:
-        heat = (gradient.mean((2, 3), keepdim=True) * at).sum(1, keepdim=True).relu()
+        maps = [output for output in seen.values() if is_map(output)][-1:]
+        *of_map, of_image = torch.autograd.grad(logit, [*maps, image])
+    heat = of_image.abs().amax(1, keepdim=True)
+    for at, gradient in zip(maps, of_map, strict=True):
+        speaks_for_it = (gradient.mean((2, 3), keepdim=True) * at).sum(1, keepdim=True).relu()
+        heat = speaks_for_it if speaks_for_it.any() else heat
     heat = nn.functional.interpolate(heat.detach().float(), image.shape[2:], mode="bilinear")[0, 0].cpu()
     return heat / heat.max().clamp(min=1e-12)
 

@@ -42,14 +42,14 @@ def test_auto_is_bf16_on_cpus_that_compute_in_it(capabilities, expected, monkeyp
 @pytest.mark.skipif(device.platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
 def test_freed_memory_is_kept_for_the_next_step():
     code = """if True:
-        import resource, torch, device
+        import resource, statistics, torch, device
         device.tune(torch.device("cpu"))
         convolution, images, faults = torch.nn.Conv2d(3, 32, 5), torch.rand(400, 3, 32, 32), []
-        for step in range(4):
+        for step in range(9):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             convolution(images).relu().sum().backward()  # blocks of 40 MB, more than glibc keeps by default
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        print(min(faults))
+        print(int(statistics.median(faults)))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert int(done.stdout) < 5000  # pages that the system had to clear; above 30,000 by default

@@ -11,8 +11,8 @@ from conftest import ROOT, noisy
 import predict
 
 
-def test_train_then_predict(script, tmp_path, monkeypatch, capsys):
-    run = "--config configs/shapes.toml --limit 200 --epochs 2 --no-views".split()
+def test_train_then_predict_then_evaluate(script, tmp_path, monkeypatch, capsys):
+    run = "--config configs/shapes.toml --limit 200 --epochs 2".split()
     run[1] = str(ROOT / run[1])
     trained = script("train.py", *run)
     assert trained.returncode == 0, trained.stderr
@@ -33,6 +33,8 @@ def test_train_then_predict(script, tmp_path, monkeypatch, capsys):
         input=(tmp_path / "dog.png").read_bytes(), capture_output=True, cwd=tmp_path, timeout=120,
     )  # fmt: skip
     assert piped.stdout.decode().replace("-  ", "dog.png  ", 1) == guessed
+
+    assert predict.cli(["--evaluate", "shapes"]) == 0 and "1,000 test pictures" in capsys.readouterr().out
 
 
 def test_every_script_explains_itself(monkeypatch, capsys):
@@ -70,7 +72,7 @@ def test_names_that_the_console_lacks_are_escaped(script, tmp_path):
     spawning.mkdir()
     (spawning / "sitecustomize.py").write_text("import multiprocessing\nmultiprocessing.set_start_method('spawn')\n")
     environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "PYTHONPATH": str(spawning)}
-    flags = "--epochs 1 --batch-size 8 --no-views --no-whiten --memory-share 0 --workers 1"
+    flags = "--epochs 1 --batch-size 8 --no-whiten --memory-share 0 --workers 1"
     flags += " --log-dir журнал --run-name проба"
     environment["HOME"] = "/dev/null/none"
     trained = script("train.py", "--data", "мои фото", *flags.split(), environment=environment)

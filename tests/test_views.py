@@ -296,6 +296,13 @@ def test_saliency_is_of_what_speaks_for_the_answer():
     assert heat.min() == 0 and heat[:16, :16].min() == 1 and heat[16:].max() == 0 and heat[:16, 16:].max() == 0
 
 
+def test_where_nothing_speaks_for_the_answer_saliency_is_what_it_hangs_on():
+    image = torch.zeros(1, 3, 32, 32)
+    image[:, 1, 16:] = -0.2  # against both classes, but less against the first
+    assert LooksForAndAgainst()(image).argmax() == 0
+    assert views.saliency(LooksForAndAgainst(), image).max() > 0.99
+
+
 def test_what_does_not_matter_is_dimmed():
     picture, heat = np.full((2, 2, 3), 200, np.uint8), torch.tensor([[1.0, 0.25], [0.0, 0.0]])
     shown = views.salient(picture, heat)[..., 0]

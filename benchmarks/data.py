@@ -23,6 +23,9 @@ import torch
 from PIL import Image
 
 import datasets
+from quick.data.augment import Augment
+from quick.data.folders import find_files
+from quick.data.streaming import decoder
 
 
 def compare(plain: Callable[[], object], ours: Callable[[], object], rounds: int) -> None:
@@ -41,7 +44,7 @@ def compare(plain: Callable[[], object], ours: Callable[[], object], rounds: int
 
 
 def folder(root: Path, rounds: int) -> None:
-    found = datasets.find_files(root, ["train", "test"], 0.2)
+    found = find_files(root, ["train", "test"], 0.2)
     paths = [path for listing in found.values() for path, _ in listing.files]
 
     def plain() -> None:
@@ -79,16 +82,16 @@ def make_photographs(root: Path, count: int, side: int = 256) -> None:
 def stream(root: Path, rounds: int, image_size: int = 224) -> None:
     [train_set] = datasets.load(str(root), image_size=image_size, memory_share=0, splits=["train"])
     plan = [list(range(start, min(start + 64, len(train_set)))) for start in range(0, len(train_set), 64)]
-    files = datasets.Files(train_set.paths, train_set.sizing, train_set.width)
-    bare = datasets.decoder(files, plan, train_set.workers, torch.device("cpu"))
-    chosen = [torch.tensor(picks) for picks in plan]
-    augment = datasets.Augment(flip=True, crop=8)
+    store = train_set.store
+    bare = decoder(store.files, plan, store.workers, torch.device("cpu"))
+    indices = [torch.tensor(rows) for rows in plan]
+    augment = Augment(flip=True, crop=8)
     sides = {
-        "bytes on the device": lambda: sum(len(images) for images in train_set.stored(chosen)),
-        "normalised batches": lambda: sum(len(labels) for _, labels in train_set.batches(64)),
-        "flipped and cropped": lambda: sum(len(labels) for _, labels in train_set.batches(64, augment=augment)),
+        "bytes on the device": lambda: sum(len(images) for images in store.read(indices, None)),
+        "normalised batches": lambda: sum(len(batch.labels) for batch in train_set.batches(64)),
+        "flipped and cropped": lambda: sum(len(batch.labels) for batch in train_set.batches(64, augment=augment)),
     }
-    print(f"{len(train_set):,} JPEGs of 256x256, resized to {image_size} by {train_set.workers} workers")
+    print(f"{len(train_set):,} JPEGs of 256x256, resized to {image_size} by {store.workers} workers")
     for name, ours in sides.items():
         print(f"{name:20}", end=" ")
         compare(lambda: sum(len(decoded.extent) for decoded in bare), ours, rounds)

@@ -17,8 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import model
-import train
 from device import memory_format, pick, pick_precision, seed, tune
+from quick.data.pictures import Batch
+from quick.nets.transfer import HeadOnly, freeze, train_mode
+from quick.processes import ALONE
+from quick.run.optimizers import make_optimizer
+from quick.run.settings import Config
+from quick.run.state import make_state
+from train import train_step
 
 WAYS = {
     "whole": "the whole network trains",
@@ -29,7 +35,7 @@ WAYS = {
 
 def measure(way: str, name: str, side: int, batch_size: int, steps: int) -> None:
     """Print the median milliseconds of a step and the peak memory in MiB."""
-    config = train.Config(model=name, lr=1e-4, momentum=0.9, batch_size=batch_size)
+    config = Config(model=name, lr=1e-4, momentum=0.9, batch_size=batch_size)
     device = pick()
     precision = pick_precision("auto", device)
     tune(device)
@@ -37,20 +43,23 @@ def measure(way: str, name: str, side: int, batch_size: int, steps: int) -> None
     options = {"classes": 10, "image_size": side}
     network, head = model.create(name, options), model.head_keys(name, options)
     network = network.to(device, memory_format=memory_format(device))
-    trains = network
+    trained = network
     inputs = torch.rand(batch_size, 3, side, side, device=device).to(memory_format=memory_format(device))
     labels = torch.arange(batch_size, device=device) % 10
     if way != "whole":
-        model.freeze(network, head, None)
-        trains = model.HeadOnly(network, head, side)
+        freeze(network, head, None)
+        trained = HeadOnly(network, head, side)
     if way == "features":
-        trains, inputs = trains.tail, trains.features(inputs)
-    trainer = train.make_trainer(network, config, 10**6, device, precision, head, trains)
-    model.train_mode(trains)
+        trained, inputs = trained.tail, trained.features(inputs)
+    optimizer = make_optimizer(network, head, config, precision)
+    state = make_state(network, trained, optimizer, config, precision, ALONE, pictures=batch_size)
+    state.total_steps = 10**6
+    train_mode(trained)
+    batch = Batch(inputs, labels, torch.arange(batch_size, device=device), batch_size, [batch_size])
     seconds = []
     for _ in range(steps + 2):  # two to warm up
         start = time.perf_counter()
-        loss, _ = trainer.step(inputs, labels, config)
+        loss, _ = train_step(state, batch, config)
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     on_device = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0

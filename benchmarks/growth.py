@@ -17,9 +17,15 @@ import torch
 
 import datasets
 import model
-import train
-import views
 from device import memory_format, pick, pick_precision, tune
+from quick.data.pictures import Pictures
+from quick.processes import ALONE
+from quick.run.config import resolve
+from quick.run.optimizers import make_optimizer
+from quick.run.state import make_state
+from quick.run.stopping import StopVote
+from quick.views.tensorboard import NoBoard
+from train import parse, train_epoch
 
 
 def resident() -> float:
@@ -32,20 +38,24 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", help="cifar10 or a folder with its pictures")
     parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
     args, flags = parser.parse_known_args()
-    config, _ = train.resolve(train.parse([*flags, "--data", args.data])[0])
+    config = resolve(parse([*flags, "--data", args.data])[0], pretrained=None)
     device = pick(config.device)
     tune(device)
     [pictures] = datasets.load(args.data, device=device, splits=["train"])
     pictures = pictures.take(torch.randperm(len(pictures))[: 4000 if args.quick else 40_000])
-    options = train.options_for(config, 10)
+    options = model.config_options(config, 10)
     network = model.create(config.model, options).to(device, memory_format=memory_format(device))
     head, precision = model.head_keys(config.model, options), pick_precision(config.precision, device)
-    trainer = train.make_trainer(network, config, 10**6, device, precision, head)
+    optimizer = make_optimizer(network, head, config, precision)
+    state = make_state(network, network, optimizer, config, precision, ALONE, pictures=len(pictures))
+    state.total_steps = 10**6
 
-    def seconds(part: datasets.Pictures, epochs: int = 3) -> float:
-        return statistics.median(
-            train.train_epoch(trainer, part, config, epoch, views.NoBoard())["epoch_seconds"] for epoch in range(epochs)
-        )
+    def train(part: Pictures, epoch: int) -> float:
+        state.epoch, state.totals, state.pictures = epoch, None, len(part)
+        return train_epoch(state, part, config, NoBoard(), StopVote(ALONE, 0, 0))["epoch_seconds"]
+
+    def seconds(part: Pictures, epochs: int = 3) -> float:
+        return statistics.median(train(part, epoch) for epoch in range(epochs))
 
     parts = {count: pictures.take(torch.arange(count)) for count in (len(pictures) // by for by in (4, 2, 1))}
     seconds(parts[min(parts)])  # warms up
@@ -54,7 +64,7 @@ def main() -> None:
         print(f"{count:6,} pictures: {took:6.2f} s an epoch, {1e6 * took / count:6.1f} us a picture", flush=True)
     part, after = parts[min(parts)], []
     for epoch in range(20):
-        train.train_epoch(trainer, part, config, epoch, views.NoBoard())
+        train(part, epoch)
         after.append(resident())
     print(f"memory: {after[0]:,.1f} MiB after epoch 1, {after[-1]:,.1f} after epoch 20, at most {max(after):,.1f}")
     for threads in range(1, torch.get_num_threads() + 1):

@@ -20,9 +20,15 @@ import torch
 
 import datasets
 import model
-import train
-import views
 from device import autocast, memory_format, pick, pick_precision, tune
+from quick.data.batching import batch_slices
+from quick.processes import ALONE
+from quick.run.config import resolve
+from quick.run.optimizers import make_optimizer
+from quick.run.state import TrainState, make_state
+from quick.run.stopping import StopVote
+from quick.views.tensorboard import NoBoard
+from train import evaluate, parse, train_epoch
 
 ROOT = Path(__file__).parent.parent
 START = """
@@ -30,19 +36,19 @@ import sys, tempfile, time
 began = time.perf_counter()
 import torch
 less = time.perf_counter() - began
-import train
-load_data, first_step = train.load_data, train.Trainer.step
+import datasets, train
+load_sets, train_step = datasets.load_sets, train.train_step
 def timed(*inputs):
     global less
     start = time.perf_counter()
-    sets = load_data(*inputs)
+    sets = load_sets(*inputs)
     less += time.perf_counter() - start
     return sets
-def step(*inputs):
-    first_step(*inputs)
+def first_step(*inputs):
+    train_step(*inputs)
     print(time.perf_counter() - began - less)
     raise SystemExit
-train.load_data, train.Trainer.step = timed, step
+datasets.load_sets, train.train_step = timed, first_step
 with tempfile.TemporaryDirectory() as logs:
     train.main([*sys.argv[1:], "--log-dir", logs])
 """
@@ -71,23 +77,26 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     rounds = 3 if args.quick else args.rounds
 
-    config, _ = train.resolve(train.parse([*flags, "--data", "shapes"])[0])
+    config = resolve(parse([*flags, "--data", "shapes"])[0], pretrained=None)
     device = pick(config.device)
     precision = pick_precision(config.precision, device)
     tune(device)
     [train_set] = datasets.load("shapes", device=device, splits=["train"])
 
-    def new_trainer() -> train.Trainer:
-        options = train.options_for(config, len(train_set.classes))
+    def new_state() -> TrainState:
+        options = model.config_options(config, len(train_set.classes))
         network = model.create(config.model, options).to(device, memory_format=memory_format(device)).train()
-        return train.make_trainer(network, config, 10**6, device, precision, model.head_keys(config.model, options))
+        optimizer = make_optimizer(network, model.head_keys(config.model, options), config, precision)
+        state = make_state(network, network, optimizer, config, precision, ALONE, pictures=len(train_set))
+        state.total_steps = 10**6
+        return state
 
-    ours, bare = new_trainer(), new_trainer()
-    images, labels = next(train_set.batches(config.batch_size))
+    ours, bare = new_state(), new_state()
+    images, labels, *_ = next(train_set.batches(config.batch_size))
 
     def bare_steps() -> int:
         bare.network.train()
-        steps = len(datasets.cuts(len(train_set), config.batch_size))
+        steps = len(batch_slices(len(train_set), config.batch_size))
         for _ in range(steps):
             with autocast(device, precision):
                 logits = bare.forward(images)
@@ -98,12 +107,13 @@ def main() -> None:
         return steps * len(labels)
 
     def epoch() -> int:
-        train.train_epoch(ours, train_set, config, 1, views.NoBoard())
+        ours.totals = None
+        train_epoch(ours, train_set, config, NoBoard(), StopVote(ALONE, 0, 0))
         return len(train_set)
 
     compare("training", {"ours": epoch, "bare": bare_steps}, rounds, device)
 
-    fixed, _ = next(train_set.batches(train_set.evaluation_batch))
+    fixed, *_ = next(train_set.batches(train_set.evaluation_batch))
     looks = {"none": 1, "mirror": 2, "shift": 6}[config.tta]
 
     @torch.inference_mode()
@@ -115,7 +125,7 @@ def main() -> None:
         return len(train_set)
 
     def evaluation() -> int:
-        train.evaluate(ours, train_set, config)
+        evaluate(ours, ours.network, train_set, config)
         return len(train_set)
 
     compare("evaluation", {"ours": evaluation, "bare": bare_forward}, rounds, device)

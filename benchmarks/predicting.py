@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from PIL import Image
 
-import datasets
 import model
 import predict
+from quick.data.shapes import shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +76,7 @@ def main() -> None:
     model.read(args.checkpoint)  # or say what is wrong with it
     count, rounds = (2000, 3) if args.quick else (10_000, 5)
     with tempfile.TemporaryDirectory() as folder:
-        images = datasets.shapes("test", count).images.permute(0, 2, 3, 1).numpy()
+        images = shapes("test", count).store.images.permute(0, 2, 3, 1).numpy()
         paths = [Path(folder, f"{number:05}.{args.kind}") for number in range(count)]
         for path, image in zip(paths, images, strict=True):
             Image.fromarray(image).save(path)

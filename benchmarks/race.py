@@ -31,6 +31,7 @@ from tutorial import Tutorial
 import datasets
 import train
 from device import PRECISIONS, autocast, memory_format, pick, pick_precision, seed, tune
+from quick.data.pictures import Pictures
 
 FAST = str(Path(__file__).parent.parent / "configs" / "fast.toml")
 SHORT = "--epochs 7"
@@ -81,10 +82,10 @@ def views(network: nn.Module, images: Tensor) -> Tensor:
 class Race:
     """One training of the airbench design."""
 
-    def __init__(self, sets: list[datasets.Pictures], device: torch.device, precision: torch.dtype):
+    def __init__(self, sets: list[Pictures], device: torch.device, precision: torch.dtype):
         self.device, self.precision = device, precision
         self.images, self.test_images = (
-            datasets.normalize(pictures.images, sets[0].mean, sets[0].std) for pictures in sets
+            torch.cat([batch.images for batch in pictures.evaluation_batches()]) for pictures in sets
         )
         self.labels, self.test_labels = (pictures.labels for pictures in sets)
 
@@ -179,7 +180,7 @@ def ours(flags: list[str]) -> list[tuple[float, float]]:
     return curve
 
 
-def tutorial(sets: list[datasets.Pictures], number: int, epochs: int) -> list[tuple[float, float]]:
+def tutorial(sets: list[Pictures], number: int, epochs: int) -> list[tuple[float, float]]:
     """The plain tutorial loop; (seconds of training so far, test accuracy) after each epoch."""
     torch.manual_seed(number)
     plain, seconds, curve = Tutorial(sets[0], sets[0].labels.device), 0.0, []

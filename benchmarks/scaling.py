@@ -22,9 +22,18 @@ import torch
 
 import datasets
 import model
-import train
-import views
-from device import Group, Interrupts, autocast, end, memory_format, pick, pick_precision, tune
+from device import autocast, memory_format, pick, pick_precision, tune
+from quick.cli import exit_script
+from quick.data.batching import batch_slices
+from quick.nets.losses import loss_function
+from quick.nets.sync_batch_norm import synchronise
+from quick.processes import Group
+from quick.run.config import resolve
+from quick.run.optimizers import make_optimizer
+from quick.run.state import TrainState, make_state
+from quick.run.stopping import StopVote
+from quick.views.tensorboard import NoBoard
+from train import parse, train_epoch
 
 PICTURES = 20_000  # in an epoch
 
@@ -44,34 +53,37 @@ def rates(work: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[flo
 def side(rounds: int, flags: list[str]) -> None:
     """Measure in this process, or group of processes; the first prints what it found."""
     with Group() as group:
-        config, _ = train.resolve(train.parse([*flags, "--data", "shapes"])[0])
+        config = resolve(parse([*flags, "--data", "shapes"])[0], pretrained=None)
         device = pick(config.device, group)
         precision = pick_precision(config.precision, device)
         tune(device)
         [train_set] = datasets.load("shapes", device=device, splits=["train"])
         train_set = train_set.take(torch.arange(PICTURES) % len(train_set))
 
-        def new_trainer() -> train.Trainer:
-            options = train.options_for(config, len(train_set.classes))
+        def new_state() -> TrainState:
+            options = model.config_options(config, len(train_set.classes))
             network = model.create(config.model, options).to(device, memory_format=memory_format(device)).train()
-            network = model.synchronise(network, device) if config.sync_bn and group.count > 1 else network
-            head = model.head_keys(config.model, options)
-            return train.make_trainer(network, config, 10**6, device, precision, head, group=group)
+            network = synchronise(network, device) if config.sync_bn and group.size > 1 else network
+            optimizer = make_optimizer(network, model.head_keys(config.model, options), config, precision)
+            state = make_state(network, network, optimizer, config, precision, group, pictures=len(train_set))
+            state.total_steps = 10**6
+            return state
 
-        ours, bare = new_trainer(), new_trainer()
-        images, labels = next(train_set.batches(config.batch_size, group=group))
-        votes = train.Votes(group, Interrupts(group), ours.clock)
-        steps = len(datasets.cuts(len(train_set), config.batch_size))
+        ours, bare = new_state(), new_state()
+        images, labels, *_ = next(train_set.batches(config.batch_size, group=group))
+        stop = StopVote(group, 0, 0)
+        steps = len(batch_slices(len(train_set), config.batch_size))
 
         def epoch() -> int:
-            train.train_epoch(ours, train_set, config, 1, views.NoBoard(), votes.stop)
+            ours.totals = None
+            train_epoch(ours, train_set, config, NoBoard(), stop)
             return len(train_set)
 
         def bare_steps() -> int:
             bare.network.train()
             for _ in range(steps):
                 with autocast(device, precision):
-                    loss = model.loss_function(bare.forward(images), labels, config.loss, config.label_smoothing)
+                    loss = loss_function(bare.forward(images), labels, config.loss, config.label_smoothing)
                 loss.backward()
                 bare.optimizer.step()
                 bare.optimizer.zero_grad(set_to_none=True)
@@ -90,7 +102,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if args.side:
         side(args.side, flags)
-        end(0)
+        exit_script(0)
 
     threads, found = torch.get_num_threads(), {1: [], args.processes: []}
     for _ in range(1 if args.quick else args.rounds):

@@ -20,9 +20,15 @@ from torch import nn
 
 import datasets
 import model
-import train
-import views
 from device import memory_format, pick, pick_precision, tune
+from quick.data.pictures import Pictures
+from quick.processes import ALONE
+from quick.run.config import resolve
+from quick.run.optimizers import make_optimizer
+from quick.run.state import make_state
+from quick.run.stopping import StopVote
+from quick.views.tensorboard import NoBoard
+from train import parse, train_epoch
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "tutorial.toml")
 
@@ -30,8 +36,9 @@ CONFIG = str(Path(__file__).parent.parent / "configs" / "tutorial.toml")
 class InMemory(torchvision.datasets.CIFAR10):
     """torchvision's CIFAR-10 around pictures that are in memory already, in the form that it keeps them in."""
 
-    def __init__(self, pictures: datasets.Pictures):
-        self.data = pictures.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    def __init__(self, pictures: Pictures):
+        _, images, _ = pictures.preview(torch.arange(len(pictures)))
+        self.data = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         self.targets = pictures.labels.tolist()
         self.transform, self.target_transform = torchvision.transforms.ToTensor(), None
 
@@ -39,7 +46,7 @@ class InMemory(torchvision.datasets.CIFAR10):
 class Tutorial:
     """The plain loop, as beginners' courses have it."""
 
-    def __init__(self, pictures: datasets.Pictures, device: torch.device):
+    def __init__(self, pictures: Pictures, device: torch.device):
         self.device = device
         self.loader = torch.utils.data.DataLoader(InMemory(pictures), batch_size=64)
         self.network = nn.Sequential(
@@ -69,20 +76,28 @@ class Tutorial:
                 loss.item()
 
     @torch.no_grad()
-    def accuracy(self, pictures: datasets.Pictures) -> float:
+    def accuracy(self, pictures: Pictures) -> float:
         self.network.eval()
         loader = torch.utils.data.DataLoader(InMemory(pictures), batch_size=64)
         guesses = torch.cat([self.network(images.to(self.device)).argmax(1) for images, _ in loader])
         return (guesses == pictures.labels).float().mean().item()
 
 
-def ours(pictures: datasets.Pictures, precision: str) -> Callable[[int], object]:
+def ours(pictures: Pictures, precision: str) -> Callable[[int], object]:
     """A function that trains one epoch of the same network by train.py."""
-    config, _ = train.resolve(train.parse(["--config", CONFIG, "--precision", precision, "--device", "cpu"])[0])
+    config = resolve(parse(["--config", CONFIG, "--precision", precision, "--device", "cpu"])[0], pretrained=None)
     device = pick("cpu")
-    network = model.create("cifar_quick", train.options_for(config, 10)).to(memory_format=memory_format(device))
-    trainer = train.make_trainer(network, config, 10**6, device, pick_precision(precision, device))
-    return lambda epoch: train.train_epoch(trainer, pictures, config, epoch, views.NoBoard())
+    network = model.create("cifar_quick", model.config_options(config, 10)).to(memory_format=memory_format(device))
+    dtype = pick_precision(precision, device)
+    optimizer = make_optimizer(network, [], config, dtype)
+    state = make_state(network, network, optimizer, config, dtype, ALONE, pictures=len(pictures))
+    state.total_steps = 10**6
+
+    def epoch(number: int) -> None:
+        state.epoch, state.totals = number, None
+        train_epoch(state, pictures, config, NoBoard(), StopVote(ALONE, 0, 0))
+
+    return epoch
 
 
 def main() -> None:

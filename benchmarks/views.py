@@ -14,14 +14,14 @@ import train
 
 
 def main() -> None:
-    seconds, show = [], train.show
+    seconds, show_epoch = [], train.show_epoch
 
-    def timed(*arguments: object) -> None:
+    def timed(*arguments: object, **options: object) -> None:
         start = time.perf_counter()
-        show(*arguments)
+        show_epoch(*arguments, **options)
         seconds.append(time.perf_counter() - start)
 
-    train.show = timed
+    train.show_epoch = timed
     with tempfile.TemporaryDirectory() as logs:
         start = time.perf_counter()
         train.main([*sys.argv[1:], "--log-dir", logs, "--run-name", "run"])

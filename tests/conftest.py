@@ -1,6 +1,6 @@
 """What several tests use: small generated pictures, a trained run, and the scripts as a user starts them."""
 
-import dataclasses
+import copy
 import functools
 import io
 import multiprocessing.forkserver
@@ -19,17 +19,35 @@ import torch
 from PIL import Image
 
 import datasets
-import model
 import train
+from quick.checkpoints import to_bytes, write_file
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-networks", action="store_true", help="try all networks of torchvision, not one a family")
-    parser.addoption("--kills", type=int, default=3, help="how many processes are killed at random moments")
-    parser.addoption("--fuzz", type=int, default=200, help="how many pictures, configs and checkpoints are damaged")
+    parser.addoption("--all", action="store_true", help="run the expensive tests too: all groups, networks and pages")
+    parser.addoption("--kills", type=int, help="how many processes are killed at random moments (1; with --all 3)")
+    parser.addoption("--fuzz", type=int, help="how many pictures, configs, checkpoints are damaged (50; --all: 200)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "expensive: runs with --all alone")
+    everything = config.getoption("--all")
+    if config.option.kills is None:
+        config.option.kills = 3 if everything else 1
+    if config.option.fuzz is None:
+        config.option.fuzz = 200 if everything else 50
+
+
+def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name != "test_00_one_step.py")  # the whole story comes first
+    if config.getoption("--all"):
+        return
+    for item in items:
+        if item.get_closest_marker("expensive"):
+            item.add_marker(pytest.mark.skip(reason="expensive: --all runs it"))
 
 
 def noisy(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
@@ -43,7 +61,7 @@ def shapes_are_drawn_once():
     """Most tests train on the same few shapes, which take longer to draw than to train on."""
     drawn = functools.cache(datasets.shapes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "shapes", lambda *how, **more: dataclasses.replace(drawn(*how, **more)))
+        patch.setattr(datasets, "shapes", lambda *how, **more: copy.copy(drawn(*how, **more)))
         yield
 
 
@@ -104,7 +122,7 @@ def script(tmp_path):
 
 
 def save(path: Path, checkpoint: dict) -> None:
-    model.write(path, model.packed(checkpoint))
+    write_file(path, to_bytes(checkpoint))
 
 
 def same_weights(first: Path, second: Path) -> bool:

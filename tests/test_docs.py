@@ -3,6 +3,7 @@
 Commands run in one folder, page by page, as a reader would type them; where they train, it is on 60 pictures.
 """
 
+import ast
 import itertools
 import re
 import shlex
@@ -21,13 +22,14 @@ import device
 import model
 import predict
 import train
+from quick.data.shapes import CLASSES, shapes
 
 PAGES = ["README.md", "docs/tour.md"]
 TWINS = {"README.md": "README.zh.md", "docs/tour.md": "docs/tour.zh.md"}
 SCRIPTS = {"device.py": device, "datasets.py": datasets, "model.py": model, "train.py": train, "predict.py": predict}
 SMALL = {"train.py": "--limit 60 --epochs 1 --batch-size 20 --device cpu --no-views", "datasets.py": "--limit 60"}
 REPLACED = {"cifar10": "shapes", "data/cifar10": "photos", "data/ants_bees": "photos", "resnet18": "squeezenet1_1"}
-PLACE = re.compile(r"\s*# (\w+\.py), .*?(above|below) `(.+)`\n")  # the first line of code to put somewhere
+PLACE = re.compile(r"\s*# ([\w/]+\.py), .*?(above|below) `(.+)`\n")  # the first line of code to put somewhere
 
 
 def text(page: str) -> str:
@@ -52,7 +54,12 @@ def snippets(page: str) -> list[str]:
     return [content for language, content in blocks(page) if language == "python"]
 
 
-ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+# Trainings that differ from others on the pages by a setting alone, and leave nothing that a later command needs.
+ALIKE = ("--activation ", "--loss mse", "--run-name muon", "--run-name replace", "--epochs 7", "--lr 0.05")
+ALL = [
+    pytest.param(command, marks=pytest.mark.expensive) if any(flags in command for flags in ALIKE) else command
+    for command in dict.fromkeys(command for page in PAGES for command in commands(page))
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +68,9 @@ def desk(tmp_path_factory):
     desk = tmp_path_factory.mktemp("desk")
     for name in ("configs", "docs", "benchmarks"):
         shutil.copytree(ROOT / name, desk / name)
-    pictures = datasets.shapes("train", 60)
-    for place, (image, label) in enumerate(zip(pictures.images, pictures.labels.tolist(), strict=True)):
-        folder = desk / "photos" / ("train" if place % 3 else "test") / datasets.SHAPES[label]
+    pictures = shapes("train", 60)
+    for place, (image, label) in enumerate(zip(pictures.store.images, pictures.labels.tolist(), strict=True)):
+        folder = desk / "photos" / ("train" if place % 3 else "test") / CLASSES[label]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{place}.png")
     for name in ("dog.png", "new.jpg"):
@@ -163,16 +170,68 @@ def test_every_link_leads_somewhere(page):
     assert not missing
 
 
-def test_the_lines_to_read_are_there():
-    """A paragraph that begins with `Read:` names what a file defines, in back ticks, and then the file."""
-    paragraphs = [part for part in text("docs/tour.md").split("\n\n") if part.startswith("Read:")]
-    assert len(paragraphs) == text("docs/tour.md").count("\n## ")
+def lines_of(file: str, name: str) -> int:
+    """How many lines a function, class, method (`Class.method`) or constant of a file has."""
+    node = ast.parse(text(file))
+    for part in name.split("."):
+        inside = {getattr(child, "name", ""): child for child in node.body}
+        inside |= {of.id: child for child in node.body for of in getattr(child, "targets", []) if hasattr(of, "id")}
+        assert part in inside, f"{name} is not in {file}"
+        node = inside[part]
+    return node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize(("page", "begin"), [("docs/tour.md", "Read"), ("docs/tour.zh.md", "阅读")])
+def test_the_lines_to_read_are_there(page, begin):
+    """Each section ends with what to read: names in back ticks, their file, and how many lines that is."""
+    paragraphs = [" ".join(part.split()) for part in text(page).split("\n\n") if part.startswith(begin)]
+    assert len(paragraphs) == text(page).count("\n## ")
     for paragraph in paragraphs:
-        for names, file in re.findall(r"((?:`[\w.]+`,? (?:in )?)+)\[[^]]+\]\(\.\./([\w.]+)\)", paragraph):
-            for name in re.findall("`(?:\\w+\\.)?(\\w+)`", names):
-                assert re.search(rf"(?m)^ *(?:(?:def|class) {name}\b|{name} = )", text(file)), (
-                    f"{name} is not in {file}"
-                )
+        for part in re.split("[;\uff1b]", paragraph):  # Chinese has a semicolon of its own
+            names, [file] = re.findall("`([^`]+)`", part), re.findall(r"\]\(\.\./([^)]+)\)", part)
+            [count] = re.findall(r"(\d+) (?:lines?|行)", part)
+            lines = sum(lines_of(file, name) for name in names)
+            assert names and lines == int(count), f"{page} has {part}, but these are {lines} lines"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_tree_has_every_file(page):
+    """Each script, room, config and benchmark has its line, and rooms stand below those that they import."""
+    [tree] = re.findall(r"(?m)(?:^    .+\n)+^    docs/ .+\n", text(page))
+    folders, listed = [], []
+    for line in tree.splitlines():
+        depth, name = line.index(line.strip()) // 4 - 1, re.split(" {2,}", line.strip())[0]
+        folders[depth:] = [name if name.endswith("/") else ""]
+        listed += ["".join([*folders[:depth], file]) for file in name.split(", ")]
+    there = [path.relative_to(ROOT).as_posix() for pattern in ("*.py", "quick/**/*.py", "configs/*", "benchmarks/*.py")
+             for path in ROOT.glob(pattern) if path.name != "__init__.py"]  # fmt: skip
+    others = ["quick/", "configs/", "benchmarks/", "weights/cifar_quick.pt", "tests/", "docs/"]
+    assert sorted(listed) == sorted([*there, *others])
+    rooms = [file for file in listed if file.startswith("quick/") and file.endswith(".py")]
+    for place, room in enumerate(rooms):
+        imported = re.findall(r"(?m)^ *from (quick\S*) import (\w+)", text(room))
+        paths = {f"{module.replace('.', '/')}{end}" for module, name in imported for end in (".py", f"/{name}.py")}
+        assert not paths & {*rooms[place:]}, f"{page}: {room} imports what stands below it"
+
+
+def test_every_config_begins_with_its_command():
+    for path in (ROOT / "configs").glob("*.toml"):
+        head = path.read_text(encoding="utf-8").partition("\n\n")[0]
+        command = f"python train.py --config configs/{path.name}"
+        assert all(line.startswith("#") for line in head.splitlines()) and command in head, path.name
+
+
+def test_every_fault_is_provoked_by_a_test():
+    """What docs/reliability.md gives to pytest's -k are words of tests that are there."""
+    functions = [name for path in ROOT.glob("tests/**/test_*.py")
+                 for name in re.findall(r"(?m)^def (test_\w+)", path.read_text(encoding="utf-8"))]  # fmt: skip
+    page = text("docs/reliability.md")
+    chosen = [one or other for one, other in re.findall(r"-k (?:\"([^\"]+)\"|([\w]+))", page)]
+    assert len(chosen) > 30
+    for words in chosen:
+        for word in words.split(" or "):
+            assert any(word in name for name in functions), f"no test has {word!r} in its name"
+    assert all((ROOT / path).is_file() for path in re.findall(r"tests/[\w/]+\.py", page))
 
 
 # ---- changing it ----
@@ -180,7 +239,7 @@ def test_the_lines_to_read_are_there():
 CHANGED = ("--model tiny", "--grey", "--optimizer adamw")
 
 CHECK = """
-import json, sys, torch, datasets, model, train
+import json, sys, torch, datasets, train
 flags = sys.argv[1:]
 assert train.cli([*flags, "--run-name", "a"]) == 0
 lines = [json.loads(line) for line in open("logs/a/metrics.jsonl")]
@@ -193,7 +252,7 @@ assert train.cli(["--resume", "a"]) == 0
 after = torch.load("logs/a/epoch_003.pt", weights_only=True)
 assert all(torch.equal(value, after["state_dict"][name]) for name, value in before["state_dict"].items())
 [pictures] = datasets.load("shapes", limit=200, splits=["train"])
-images, _ = next(pictures.batches(200, augment=datasets.Augment(grey=0.5)))
+images, *_ = next(pictures.batches(200, augment=datasets.Augment(grey=0.5)))
 grey = (images * torch.tensor(pictures.std).view(1, 3, 1, 1) + torch.tensor(pictures.mean).view(1, 3, 1, 1)).std(1)
 assert 60 < (grey.amax((1, 2)) < 1e-3).sum() < 140
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -202,20 +261,22 @@ assert len(EventAccumulator("logs/a").Reload().Scalars("top3/test")) >= 3
 
 
 def test_the_four_changes(tmp_path):
-    """README's snippets, put where they say into a copy of the scripts: one file and at most 15 lines each."""
+    """README's snippets, put where they say into a copy of the code: one file and at most 15 lines each."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for name in ("quick", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     files = []
     for code in filter(PLACE.match, snippets("README.md")):
         file, side, anchor = PLACE.match(code).groups()
-        lines, new = (tmp_path / file).read_text().splitlines(), code.splitlines()[1:]
+        lines, new = (tmp_path / file).read_text(encoding="utf-8").splitlines(), code.splitlines()[1:]
         place = next(number for number, line in enumerate(lines) if anchor in line) + (side == "below")
         lines[place:place] = new if side == "above" else ["", "", *new]
-        (tmp_path / file).write_text("\n".join(lines) + "\n")
+        (tmp_path / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
         assert len(new) <= 15
         files.append(file)
-    assert files == ["model.py", "datasets.py", "datasets.py", "train.py", "model.py"]
+    augment = "quick/data/augment.py"
+    assert files == ["model.py", augment, augment, "quick/run/optimizers.py", "quick/nets/losses.py"]
     flags = "--config configs/shapes.toml --limit 200 --epochs 3 --lr 0.003 --quiet".split()
     flags += "--model tiny --grey 0.5 --optimizer adamw".split()
     result = subprocess.run(

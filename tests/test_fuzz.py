@@ -14,10 +14,14 @@ import torch
 from conftest import ROOT, noisy
 from PIL import Image
 
-import device
 import model
 import predict
 import train
+from quick.checkpoints import read, to_bytes
+from quick.errors import CallError, CheckpointError
+from quick.nets.summary import describe
+from quick.run.config import as_toml
+from quick.run.settings import Config
 
 FORMAT_1 = ROOT / "tests" / "files" / "format_1.pt"
 PIECES = [
@@ -119,7 +123,7 @@ def test_damaged_pictures_are_classified_or_named(cases, tmp_path, capsys):
 
 def test_damaged_configs_are_read_or_named(cases, tmp_path, capsys):
     dice, path = random.Random(2), tmp_path / "my.toml"
-    texts = [*(file.read_bytes() for file in (ROOT / "configs").glob("*.toml")), train.as_toml(train.Config()).encode()]
+    texts = [*(file.read_bytes() for file in (ROOT / "configs").glob("*.toml")), as_toml(Config()).encode()]
     lines = [line for text in texts for line in text.splitlines() if b" = " in line]
     good = 0
     for _ in range(cases):
@@ -129,9 +133,9 @@ def test_damaged_configs_are_read_or_named(cases, tmp_path, capsys):
             text = b"".join(name + b" = " + dice.choice(lines).partition(b" = ")[2] + b"\n" for name, _, _ in picked)
         path.write_bytes(text if dice.random() < 0.3 else damaged(text, dice))
         try:
-            assert isinstance(train.parse(["--config", str(path)])[0], train.Config)
+            assert isinstance(train.parse(["--config", str(path)])[0], Config)
             good += 1
-        except device.CallError as error:
+        except CallError as error:
             assert str(error).isprintable()
     assert 0.02 < good / cases < 0.9
 
@@ -157,7 +161,7 @@ def changed(path, dice: random.Random) -> bytes:
                 container[dice.choice(["x", "\x1b]0;x", 7, key])] = value
         else:
             container[key] = dice.choice(VALUES)
-    return model.packed(checkpoint)
+    return to_bytes(checkpoint)
 
 
 def with_checksum(content: bytes) -> bytes:
@@ -167,7 +171,7 @@ def with_checksum(content: bytes) -> bytes:
 
 def test_damaged_checkpoints_answer_or_are_named(cases, tmp_path):
     dice, path, good = random.Random(3), tmp_path / "file.pt", 0
-    (tmp_path / "new.pt").write_bytes(model.packed(model.read(FORMAT_1)))
+    (tmp_path / "new.pt").write_bytes(to_bytes(read(FORMAT_1)))
     plain = [FORMAT_1.read_bytes(), (tmp_path / "new.pt").read_bytes()]
     images = torch.from_numpy(np.array(noisy((90, 90, 90), 0, (8, 8)))).permute(2, 0, 1)[None]
     for number in range(cases):
@@ -178,11 +182,11 @@ def test_damaged_checkpoints_answer_or_are_named(cases, tmp_path):
             path.write_bytes(content if number % 3 == 1 else with_checksum(content))
         try:
             network, checkpoint = model.load(path)
-        except model.CheckpointError as error:
+        except CheckpointError as error:
             assert str(error).startswith(f"{path}: ") and str(error).isprintable() and len(str(error)) < 1000
             continue
         good += 1
-        assert model.describe(path).replace("\n", "").isprintable()
+        assert describe(path, network, checkpoint).replace("\n", "").isprintable()
         if checkpoint["image_size"] == 8:
             probabilities = predict.probabilities(network, checkpoint, images)
             assert probabilities.shape == (1, len(checkpoint["classes"]))

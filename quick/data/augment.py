@@ -1,0 +1,161 @@
+"""Random changes of training pictures, each with its own random numbers, on whole batches on the device.
+
+To add one, add a setting to `Augment` and some lines to `augment_images`, with draws under a name of your own.
+"""
+
+import zlib
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quick.cli import setting
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training pictures are changed at random; each is a setting of train.py too."""
+
+    flip: bool = setting("augmentation", False, "mirror half of the training pictures")
+    crop: int = setting("augmentation", 0, "shift by up to PIXELS, reflected at the edge", at_least=0, metavar="PIXELS")
+    cutout: int = setting("augmentation", 0, "hide a square of PIXELS", at_least=0, metavar="PIXELS")
+    jitter: float = setting(
+        "augmentation", 0.0, "change brightness, contrast, saturation by up to this share", at_least=0, at_most=1
+    )
+    resized_crop: float = setting(
+        "augmentation", 0.0, "enlarge a part of at least this share of the area; 0: none", at_least=0, at_most=1
+    )
+
+
+def augments(settings: Augment) -> bool:
+    """Whether these settings, or those of a config that has them among others, change any picture."""
+    return any(getattr(settings, key.name) != key.default for key in fields(Augment))
+
+
+@dataclass
+class Draws:
+    """Random numbers for the pictures of an epoch, by name: `draws("crop_row")`.
+
+    Each name has a number for every picture of the set, made on the CPU from (seed, epoch, name) when it is first asked
+    for. So the numbers depend neither on the batch size, nor on the number of processes, nor on what else is drawn.
+    """
+
+    count: int  # pictures in the set
+    seed: int
+    epoch: int
+    order: Tensor  # int64, on the CPU: the indices of the pictures that this process works on, in their order
+    device: torch.device
+    start: int = 0  # the pictures at hand are those in order[start:stop]
+    stop: int | None = None
+    made: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # on the device, for the whole order
+
+    def at(self, start: int, stop: int) -> "Draws":
+        """The same numbers, for the pictures in `order[start:stop]`."""
+        return replace(self, start=start, stop=stop)
+
+    def __call__(self, name: str) -> Tensor:
+        """Uniform numbers in [0, 1), float32 `(N,)`, one for each picture at hand."""
+        return self.numbers(name, self.epoch)
+
+    def alternating(self, name: str) -> Tensor:
+        """Like a call, but each picture keeps its number for the whole run; in odd epochs it moves by a half.
+
+        Where pictures with a number below a half are mirrored, each picture is mirrored in every other epoch. This
+        teaches more than to draw again (Jordan 2024, arxiv.org/abs/2404.00498, section 3.6).
+        """
+        return self.numbers(name, epoch=0, shift=self.epoch % 2 / 2)
+
+    def numbers(self, name: str, epoch: int, shift: float = 0.0) -> Tensor:
+        if (name, epoch) not in self.made:
+            mix = np.random.SeedSequence((self.seed, epoch, zlib.crc32(name.encode())))
+            generator = torch.Generator().manual_seed(int(mix.generate_state(1)[0]))
+            of_set = (torch.rand(self.count, generator=generator) + shift) % 1
+            self.made[name, epoch] = of_set[self.order].to(self.device)
+        return self.made[name, epoch][self.start : self.stop]
+
+
+def augment_images(images: Tensor, settings: Augment, draws: Draws, fill: Tensor) -> Tensor:
+    """Changed copies of uint8 images `(N, 3, H, W)`: uint8, or float32 in 0..255 where they were interpolated.
+
+    `draws` gives uniform numbers in [0, 1) for these images by name; `fill`, uint8 `(1, 3, 1, 1)`, is the colour of
+    what cutout hides.
+    """
+    if settings.resized_crop:
+        images = resized_crop(
+            images,
+            settings.resized_crop,
+            area=draws("part_area"),
+            shape=draws("part_shape"),
+            row=draws("part_row"),
+            column=draws("part_column"),
+        )
+    if settings.crop or settings.flip:
+        mirrored = draws.alternating("flip") < 0.5 if settings.flip else None
+        images = random_crop(images, settings.crop, draws("crop_row"), draws("crop_column"), mirrored)
+    if settings.jitter:
+        images = jitter(images, settings.jitter, draws("brightness"), draws("contrast"), draws("saturation"))
+    if settings.cutout:
+        # The square's centre may lie anywhere, so that it can reach over the edge (DeVries and Taylor 2017,
+        # arxiv.org/abs/1708.04552).
+        in_rows = band_mask(draws("cutout_row"), settings.cutout, images.shape[2]).view(len(images), 1, -1, 1)
+        in_columns = band_mask(draws("cutout_column"), settings.cutout, images.shape[3]).view(len(images), 1, 1, -1)
+        images = torch.where(in_rows & in_columns, fill.to(images.dtype), images)
+    return images
+
+
+def random_crop(images: Tensor, pixels: int, row: Tensor, column: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Shift images by up to `pixels` up or down and left or right, then mirror some.
+
+    `row` and `column` `(N,)` are draws; `mirrored`, bool `(N,)`, says which to mirror. What moves in is reflected at
+    the edge. One gathering of pixels does all, which is faster than to pad, crop and mirror one after the other.
+    """
+    count, _, height, width = images.shape
+
+    def sources(draws: Tensor, side: int) -> Tensor:  # the row (or column) that each row of the result comes from
+        source = (draws * (2 * pixels + 1)).long().view(-1, 1) - pixels + torch.arange(side, device=draws.device)
+        return (side - 1 - (side - 1 - source.abs()).abs()).clamp(0, side - 1)
+
+    rows, columns = sources(row, height), sources(column, width)
+    if mirrored is not None:
+        columns = torch.where(mirrored.view(-1, 1), columns.flip(1), columns)
+    rows = rows + height * torch.arange(count, device=rows.device).view(-1, 1)
+    pixel_places = (width * rows.view(count, height, 1) + columns.view(count, 1, width)).flatten()
+    moved = images.permute(0, 2, 3, 1).reshape(-1, 3).index_select(0, pixel_places)
+    return moved.view(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+def band_mask(draws: Tensor, length: int, side: int) -> Tensor:
+    """Which of `side` rows (or columns) a band of `length` covers, with its centre at the draw: bool `(N, side)`."""
+    first = (draws * side).long() - length // 2
+    place = torch.arange(side, device=draws.device) - first.view(-1, 1)
+    return (place >= 0) & (place < length)
+
+
+def jitter(images: Tensor, strength: float, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """Multiply brightness, contrast and saturation by 1 +- `strength`: float32 images in 0..255."""
+    brightness, contrast, saturation = (
+        (1 + strength * (2 * draw - 1)).view(-1, 1, 1, 1) for draw in (brightness, contrast, saturation)
+    )
+    images = images.float() * brightness
+    luma = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)  # ITU-R BT.601
+    grey = (images * luma).sum(1, keepdim=True)
+    middle = grey.mean((2, 3), keepdim=True)
+    images = middle + contrast * (grey + saturation * (images - grey) - middle)
+    return images.clamp(0, 255)
+
+
+def resized_crop(images: Tensor, least: float, *, area: Tensor, shape: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Enlarge a part of each image to the whole: float32 images of the same size, in 0..255.
+
+    The part has `least` to all of the area, and is 3:4 to 4:3 in shape. After Szegedy et al. 2014
+    (arxiv.org/abs/1409.4842), as torchvision's `RandomResizedCrop` does it.
+    """
+    area, shape = least + (1 - least) * area, (0.75 * (16 / 9) ** shape).sqrt()
+    width, height = (area.sqrt() * shape).clamp(max=1), (area.sqrt() / shape).clamp(max=1)
+    x, y = (1 - width) * (2 * column - 1), (1 - height) * (2 * row - 1)  # the part's centre, in [-1, 1]
+    zero = torch.zeros_like(x)
+    part = torch.stack([width, zero, x, zero, height, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(part, list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)

@@ -1,0 +1,263 @@
+"""Folders of pictures: which files are in which split and class, and reading all of them once, bad ones too."""
+
+import hashlib
+import itertools
+import math
+import os
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from quick.cli import log, progress_bar
+from quick.data.batching import balanced
+from quick.data.decoding import Decoded, Files, Sizing
+from quick.data.pictures import Pictures, histogram, statistics
+from quick.data.stores import InMemory, Streamed
+from quick.data.streaming import decoder, free_memory
+from quick.errors import DataError, printable
+from quick.processes import Group
+
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+# ---- which files there are -------------------------------------------------------------------------------------------
+
+
+class Listing(NamedTuple):
+    """What was found in a folder for one split."""
+
+    split: str
+    classes: list[str]
+    files: list[tuple[str, str]]  # path and class
+    bad: list[tuple[str, str]]  # path and reason
+
+
+def find_files(root: Path, splits: Sequence[str], fraction: float) -> dict[str, Listing]:
+    """The picture files of each split, with their classes, in one of three layouts:
+
+    `<split>/<class>/*` (with `val/` for `test/`), `<split>/<name>_image/*` with `<split>/<name>_label/*.txt`, or
+    `<class>/*` without splits, of which `fraction` is held out. Raises DataError.
+    """
+    if not any((root / name).is_dir() for name in ("train", "test", "val")):
+        if not set(splits) <= {"train", "test"}:
+            raise DataError(f"{root}: it has no folders train/ and test/, only these two splits can be made of it")
+        return split_files(root, fraction)
+    has_train, has_test = (root / "train").is_dir(), (root / "test").is_dir()
+    found, classes = {}, []
+    for split in dict.fromkeys(["train", *splits] if has_train else splits):  # the training set names the classes
+        part = root / "val" if split == "test" and not has_test and (root / "val").is_dir() else root / split
+        if not part.is_dir():
+            raise DataError(f"{root}: no folder {split}/ in it; wanted are train/<class>/* and test/<class>/*")
+        files, bad = list_files(part)
+        if not files:
+            raise DataError(f"{part}: no class folders with pictures in it")
+        classes = classes or class_names(part, files, least=2 if split == "train" else 1)
+        for name in sorted({name for _, name in files} - set(classes)):
+            raise DataError(f"{part}: class {name!r} is not in {root / 'train'}, which has: {', '.join(classes)}")
+        found[split] = Listing(split, classes, files, bad)
+    return found
+
+
+def split_files(root: Path, fraction: float) -> dict[str, Listing]:
+    """The files of `root/<class>/*`, with `fraction` of each class held out.
+
+    A hash of a file's name decides, so that what was held out stays so when files are added. Raises DataError.
+    """
+    files, bad = list_files(root)
+    classes, held_out = class_names(root, files), set()
+    for name in classes:
+        of_class = sorted((hash_fraction(path, root), path) for path, class_name in files if class_name == name)
+        count = sum(place < fraction for place, _ in of_class)
+        count = min(max(count, 1), len(of_class) - 1)  # some on either side
+        held_out |= {path for _, path in of_class[:count]}
+    train_files = [(path, name) for path, name in files if path not in held_out]
+    val_files = [(path, name) for path, name in files if path in held_out]
+    if not val_files:
+        raise DataError(f"{root}: one picture a class; put at least two into each, one of which is held out")
+    return {"train": Listing("train", classes, train_files, bad), "test": Listing("val", classes, val_files, [])}
+
+
+def list_files(part: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The picture files below a split, each with its class; and what is wrong there, each with its reason."""
+    files, bad = [], []
+    for folder in sorted(path for path in part.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        labels = folder.with_name(folder.name.removesuffix("_image") + "_label")
+        if folder.name.endswith("_label") and folder.with_name(folder.name.removesuffix("_label") + "_image").is_dir():
+            continue
+        pictures = list_pictures(folder)
+        if not (folder.name.endswith("_image") and labels.is_dir()):
+            if not pictures:
+                raise DataError(f"{folder}: no pictures in it")
+            files += [(path, folder.name) for path in pictures]
+            continue
+        stems = [Path(path).stem for path in pictures]
+        for stem, path in zip(stems, pictures, strict=True):
+            try:
+                name = (labels / f"{stem}.txt").read_text(encoding="utf-8").strip()
+            except (OSError, ValueError):
+                bad.append((path, f"no label: {labels / stem}.txt cannot be read"))
+                continue
+            if name and name.isprintable():
+                files.append((path, name))
+            else:
+                bad.append((path, "its label file holds no class name"))
+        alone = {path.stem for path in labels.glob("*.txt")} - set(stems)
+        bad += [(str(labels / f"{stem}.txt"), "label without a picture") for stem in sorted(alone)]
+    return files, bad
+
+
+def list_pictures(root: Path) -> list[str]:
+    """All picture files below a folder, by their endings, in the order of their names; hidden ones are left out."""
+    found = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        pictures = (name for name in sorted(names) if name.lower().endswith(PICTURE_ENDINGS) and name[0] != ".")
+        found += [f"{folder}{os.sep}{name}" for name in pictures]
+    return found
+
+
+def class_names(part: Path, files: list[tuple[str, str]], least: int = 2) -> list[str]:
+    """The classes of these files, sorted; raises DataError when there is nothing to tell apart."""
+    classes = sorted({name for _, name in files})
+    if strange := [name for name in classes if not name.isprintable()]:
+        raise DataError(f"{part}: class {strange[0]!r} has control characters in its name; rename its folder")
+    if len(classes) < least:
+        found = f"one class alone, {classes[0]!r}" if classes else "no class folders with pictures"
+        raise DataError(f"{part}: {found}; a classifier needs at least 2")
+    return classes
+
+
+def hash_fraction(path: str, root: Path) -> float:
+    """A number in [0, 1) from a file's name below `root`: the same on every machine and in every Unicode form."""
+    name = unicodedata.normalize("NFC", Path(path).relative_to(root).as_posix()).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.md5(name, usedforsecurity=False).digest()[:6]) / 2**48
+
+
+# ---- reading them ----------------------------------------------------------------------------------------------------
+
+
+def read_files(
+    listing: Listing,
+    sizing: Sizing,
+    *,
+    limit: int,
+    device: torch.device,
+    workers: int,
+    memory_share: float,
+    strict: bool,
+    group: Group,
+) -> Pictures:
+    """Decode and check all pictures of a listing once; keep them in memory if they fit, else stream them.
+
+    They fit if they take at most `memory_share` of what is free. Bad files are named and left out; raises DataError for
+    them if `strict`, and where too few are left.
+    """
+    labels = torch.tensor([listing.classes.index(name) for _, name in listing.files])
+    chosen = balanced(labels, listing.classes, limit) if limit else torch.arange(len(labels))
+    # The order is mixed once and for all: in class order, unshuffled training would forget all but the last class.
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
+    paths = np.array([os.fsencode(listing.files[place][0]) for place in chosen.tolist()])
+    width = group.from_rank0(lambda: stored_width(paths, sizing)) if listing.split == "train" else sizing.side
+    files = Files(paths, sizing, width)
+
+    # Each process collects them in the machine's memory, then they move to the device.
+    size = len(paths) * files.side * files.width * 3
+    on_device, in_machine = (memory_share * free_memory(place) for place in (device, torch.device("cpu")))
+    fits = all(group.all_gather(size <= on_device and size * group.local_size <= in_machine))
+    decoded, counts = decode_all(files, workers=workers, keep=fits, name=f"reading {listing.split}", group=group)
+    if fits:
+        is_square = files.width == files.side
+        images = decoded.images.permute(0, 3, 1, 2)
+        store = InMemory(images) if is_square else InMemory(images, decoded.extent, decoded.tall)
+        store = store.to(device)
+    else:
+        store = Streamed(files, workers, device)
+
+    good = decoded.extent > 0
+    areas = decoded.sizes.prod(1).double()
+    extremes = areas.where(good, math.inf).argmin(), areas.argmax()
+    pictures = Pictures(
+        store,
+        labels[chosen].to(device),
+        listing.classes,
+        listing.split,
+        paths=paths,
+        file_sizes=tuple(tuple(decoded.sizes[place].tolist()) for place in extremes),
+        bad=listing.bad + decoded.bad,
+    )
+    if good.any():
+        pictures.mean, pictures.std = statistics(counts)
+    pictures = pictures if good.all() else pictures.take(good.nonzero().squeeze(1))
+    check_bad_files(pictures, strict)
+    return pictures
+
+
+def decode_all(files: Files, *, workers: int, keep: bool, name: str, group: Group) -> tuple[Decoded, Tensor]:
+    """Decode all files with a progress bar: what was found, with the images only if `keep`, and their histogram.
+
+    Each process decodes its shard, and all get everything.
+    """
+    count = len(files.paths)
+    images = torch.zeros((count if keep else 0, files.side, files.width, 3), dtype=torch.uint8)
+    extent, tall = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.uint8)
+    sizes, bad, counts = torch.zeros(count, 2, dtype=torch.int64), [], torch.zeros(3, 256, dtype=torch.int64)
+    workers = workers if count > 1000 else 0  # to start processes costs time, most where they import torch again
+    # To hand over costs time, but what waits for it has to fit into 64 MB of shared memory (Docker's default).
+    most = max(1, min(4000, 2**23 // (files.side * files.width * max(1, workers))))
+    evenly = group.size * max(1, workers)  # as many batches for every worker
+    batches = np.array_split(np.arange(count), math.ceil(count / most / evenly) * evenly)
+    batches = [rows.tolist() for rows in batches[group.rank :: group.size] if len(rows)]
+    loader = decoder(files, batches, workers, torch.device("cpu"))
+    with progress_bar(name, sum(map(len, batches)), "pictures") as progress:
+        for rows, decoded in zip(batches, loader, strict=True):
+            place = slice(rows[0], rows[-1] + 1)
+            if keep:
+                images[place] = decoded.images
+            counts += histogram(decoded.images.permute(0, 3, 1, 2))
+            extent[place], tall[place], sizes[place] = decoded.extent, decoded.tall, decoded.sizes
+            bad += decoded.bad
+            progress.update(len(rows))
+    for tensor in (images, extent, tall, sizes, counts):  # which are zero for the other processes' files
+        group.all_reduce(tensor)
+    bad = sorted(itertools.chain(*group.all_gather(bad)))
+    counts[:, 0] -= files.side * (files.width - extent).sum()  # the black beside the pictures does not count
+    return Decoded(images, extent, tall.bool(), sizes, bad), counts
+
+
+def stored_width(paths: np.ndarray, sizing: Sizing) -> int:
+    """The width to store pictures with, in pixels: as the longest of 64 files needs it, at most twice the side."""
+    longest = 1.0
+    for path in paths[:: max(1, len(paths) // 64)]:
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(os.fsdecode(path)) as image:
+                longest = max(longest, max(image.size) / min(image.size))
+        except Exception:  # bad files are named when all are read
+            continue
+    return min(round(sizing.shorter * longest), 2 * sizing.side)
+
+
+def check_bad_files(pictures: Pictures, strict: bool) -> None:
+    """Name the first 20 files that were left out on standard error.
+
+    Raises DataError for the first one if `strict`, for a class without a training picture, and for an empty set.
+    """
+    lines = [f"{path}: {reason}" for path, reason in pictures.bad]
+    if strict and lines:
+        more = f" (and {len(lines) - 1} more bad files)" if len(lines) > 1 else ""
+        raise DataError(f"{lines[0]}{more}")
+    for line in lines[:20]:
+        log.warning(f"left out: {printable(line)}")
+    if len(lines) > 20:
+        log.warning(f"left out: {len(lines) - 20} more files")
+    counts = torch.bincount(pictures.labels.cpu(), minlength=len(pictures.classes)).tolist()
+    if pictures.split == "train" and 0 in counts:
+        raise DataError(f"class {pictures.classes[counts.index(0)]!r} has no readable training pictures")
+    if not len(pictures):
+        raise DataError(f"no readable {pictures.split} pictures")

@@ -1,0 +1,200 @@
+"""A set of pictures with labels, and the batches that training and evaluation take from it, on the device."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quick.data.augment import Augment, Draws, augment_images, augments
+from quick.data.batching import batch_slices, shard
+from quick.data.stores import Enlarged, InMemory, Streamed
+from quick.errors import LimitError
+from quick.processes import ALONE, Group
+
+
+class Batch(NamedTuple):
+    """The pictures of a batch that one process works on, N of them, on the device."""
+
+    images: Tensor  # float32 (N, 3, side, side), normalised
+    labels: Tensor  # int64 (N,)
+    indices: Tensor  # int64 (N,): the place of each picture in the set
+    size: int  # of the whole batch, over all processes
+    pieces: list[int]  # the sizes of the pieces in which the batch is worked on (--accumulate); they add up to N
+
+
+@dataclass
+class Pictures:
+    """Labelled pictures; their pixels are in a store, which several sets can share."""
+
+    store: InMemory | Streamed | Enlarged  # or another that has what quick/data/stores.py says
+    labels: Tensor  # int64 (N,), on the device
+    classes: list[str]
+    split: str  # train, val or test
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # a channel, of pixels in [0, 1]
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    rows: Tensor | None = None  # int64 (N,), on the device: where the store has them; None: all, in its order
+    paths: np.ndarray | None = None  # of the files, as bytes
+    file_sizes: tuple[tuple[int, int], ...] = ((32, 32),)  # smallest and largest (width, height)
+    bad: list[tuple[str, str]] = field(default_factory=list)  # files that were left out, and why
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of the pictures that the network gets."""
+        return self.store.side
+
+    @property
+    def evaluation_batch(self) -> int:
+        """How many pictures evaluation takes at a time: 250, or fewer if they are large."""
+        return evaluation_batch(self.side)
+
+    def order(self, *, shuffle: bool, seed: int = 0, epoch: int = 0, keep: Tensor | None = None) -> Tensor:
+        """The indices of the pictures of an epoch in their order, int64 `(N,)`, on the CPU.
+
+        With `keep`, bool `(N,)`, only the pictures that are true in it.
+        """
+        order = torch.arange(len(self.labels))
+        if shuffle:
+            number = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(number))
+        return order if keep is None else order[keep.cpu()[order]]
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: Augment | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+        keep: Tensor | None = None,
+        skip: int = 0,
+        group: Group = ALONE,
+        pieces: int = 1,
+    ) -> Iterator[Batch]:
+        """Every picture once, in batches; in a group each process gets its shard of every batch.
+
+        With `keep`, bool `(N,)`, only the pictures that are true in it. The first `skip` batches are left out. A batch
+        may be worked on in several `pieces`; then the shard has this process's pictures of each piece in turn.
+
+        The order depends only on (seed, epoch), the augmentation on these and on the picture's index in the set. Both
+        are drawn on the CPU, so that they are the same on every device and for any number of processes.
+        """
+        order = self.order(shuffle=shuffle, seed=seed, epoch=epoch, keep=keep)
+        batches = batch_slices(len(order), batch_size)[skip:]
+        shards = [shard(batch, group, pieces) for batch in batches]
+        order = torch.cat([order[:0], *(order[piece] for of_batch in shards for piece in of_batch)])
+        counts = [[piece.stop - piece.start for piece in of_batch] for of_batch in shards]
+        sizes = [sum(of_batch) for of_batch in counts]
+
+        # Several small batches are made ready in one go. But interpolation rounds differently in larger batches, by a
+        # hair, and what comes out must not depend on how many are made ready.
+        interpolates = augment is not None and (augment.jitter or augment.resized_crop)
+        ahead = 0 if interpolates else self.store.ahead // self.side**2
+        at_once = max(1, ahead // max([1, *sizes]))
+        chunks = [sizes[first : first + at_once] for first in range(0, len(sizes), at_once)]
+        chunk_sizes = [sum(chunk) for chunk in chunks]
+        prepared = self.prepare(order, chunk_sizes, augment=augment, seed=seed, epoch=epoch)
+        order, number = order.to(self.labels.device), 0
+        for chunk, indices, images in zip(chunks, order.split(chunk_sizes), prepared, strict=True):
+            labels = self.labels[indices]
+            for parts in zip(images.split(chunk), labels.split(chunk), indices.split(chunk), strict=True):
+                yield Batch(*parts, batches[number].stop - batches[number].start, counts[number])
+                number += 1
+
+    def evaluation_batches(self, group: Group = ALONE) -> Iterator[Batch]:
+        """Every picture once over all processes, in order, as large batches without augmentation."""
+        return self.batches(self.evaluation_batch * group.size, group=group)
+
+    def prepare(
+        self, order: Tensor, sizes: list[int], *, augment: Augment | None = None, seed: int = 0, epoch: int = 0
+    ) -> Iterator[Tensor]:
+        """What the network gets of the pictures with the indices in `order`, in batches of these sizes.
+
+        `order` is int64 `(N,)`, on the CPU; each batch is float32 `(B, 3, side, side)`, changed and normalised.
+        """
+        device, squares_at, start = self.labels.device, None, 0
+        if augment is not None and not (self.store.pixels and augments(augment)):
+            augment = None
+        if augment is not None:
+            draws = Draws(len(self.labels), seed, epoch, order, device)
+            squares_at = draws("square").split(sizes)
+            fill = torch.tensor(self.mean, device=device).mul(255).round().byte().view(1, 3, 1, 1)
+        rows = order.to(device) if self.rows is None else self.rows[order.to(device)]
+        for size, images in zip(sizes, self.store.read(rows.split(sizes), squares_at), strict=True):
+            if augment is not None and size:
+                images = augment_images(images, augment, draws.at(start, start + size), fill)
+            start += size
+            yield normalize(images, self.mean, self.std) if self.store.pixels else images
+
+    def preview(
+        self, indices: Tensor, augment: Augment | None = None, seed: int = 0, epoch: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures with these indices: float as the network gets them, uint8 as people see them, and their labels.
+
+        With `augment` they are changed as training on this set changes them in this epoch.
+        """
+        images = next(self.prepare(indices.cpu(), [len(indices)], augment=augment, seed=seed, epoch=epoch))
+        return images, denormalize(images, self.mean, self.std), self.labels[indices.to(self.labels.device)]
+
+    def take(self, indices: Tensor) -> "Pictures":
+        """A set of the pictures with these indices, in this order; it shares the store, and no pixels are copied."""
+        on_device = indices.to(self.labels.device)
+        paths = None if self.paths is None else self.paths[indices.cpu().numpy()]
+        rows = on_device if self.rows is None else self.rows[on_device]
+        return replace(self, labels=self.labels[on_device], rows=rows, paths=paths)
+
+    def hold_out(self, fraction: float, seed: int) -> list["Pictures"]:
+        """Two sets: what remains for training, and `fraction` of every class for validation, drawn from the seed.
+
+        Raises LimitError where one of them would have fewer than two pictures.
+        """
+        order, labels = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), self.labels.cpu()
+        held_out = torch.zeros(len(self), dtype=torch.bool)
+        for label in range(len(self.classes)):
+            of_class = order[labels[order] == label]
+            held_out[of_class[: round(fraction * len(of_class))]] = True
+        if min(held_out.sum(), (~held_out).sum()) < 2:
+            raise LimitError(f"--val-fraction {fraction} of {len(self)} pictures leaves too few on one side")
+        rest, val = (self.take(part.nonzero().squeeze(1)) for part in (~held_out, held_out))
+        return [rest, replace(val, split="val")]
+
+
+def evaluation_batch(side: int) -> int:
+    """How many pictures of this side an evaluation without gradients takes at a time."""
+    return max(1, min(250, 2**20 // side**2))
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images `(N, 3, H, W)` in 0..255 as float32, the way the network wants them: `(x / 255 - mean) / std`."""
+    floats = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+    # (N, H, W * 3), a view of floats: long rows are worked on faster than 3 channels.
+    rows = floats.permute(0, 2, 3, 1).flatten(2)
+    mean, std = (255 * torch.tensor(v, device=images.device).repeat(images.shape[3]) for v in (mean, std))
+    rows.sub_(mean).div_(std)
+    return floats.contiguous() if images.device.type == "mps" else floats  # see memory_format() in device.py
+
+
+def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The way back from `normalize` to uint8 `(N, 3, H, W)`, for pictures of what the network sees."""
+    mean, std = (255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (images * std + mean).round().clamp(0, 255).byte()
+
+
+def histogram(images: Tensor) -> Tensor:
+    """How often each channel of uint8 images `(N, 3, H, W)` has each value: int64 `(3, 256)`, on the CPU."""
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).cpu()
+
+
+def statistics(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels behind a histogram `(3, 256)`, as fractions of 255, exactly."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = counts.double() / counts.sum(1, keepdim=True)
+    mean = (share * values).sum(1)
+    std = (share * (values - mean.view(3, 1)).square()).sum(1).sqrt()
+    return tuple(round(value, 4) for value in mean.tolist()), tuple(max(round(v, 4), 1e-3) for v in std.tolist())

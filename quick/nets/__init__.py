@@ -1,0 +1,1 @@
+"""Networks: losses, pretrained weights, transfer learning, tables and export."""

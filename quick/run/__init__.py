@@ -1,0 +1,1 @@
+"""A run of training: settings, state, folder, resuming, stopping and what is printed."""

@@ -1,0 +1,82 @@
+"""Whether a run can go on from what a checkpoint says of its training; the file may be a stranger's."""
+
+import math
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from quick.checkpoints import is_plain
+from quick.run.history import History
+from quick.run.settings import Config
+from quick.run.state import EpochTotals
+
+TRAINING = {"optimizer", "scaler", "step", "totals", "confidence", "history", "mistakes", "pictures"}
+OTHER_VERSION = "is of another version, whose runs this one cannot resume"
+
+
+def wrong_training(checkpoint: dict, config: Config) -> str | None:
+    """Why training cannot go on from a checkpoint, in words; None when it can. It may be a stranger's."""
+    training = checkpoint.get("training")
+    if not isinstance(training, dict) or set(training) != TRAINING:
+        return OTHER_VERSION
+    if config.model != checkpoint["model"]["name"] or not isinstance(training["history"], list):
+        return "has parts that do not belong together"
+    if len(training["history"]) != checkpoint["epoch"]:
+        return "has parts that do not belong together"
+    if wrong_history(training["history"]):
+        return "has a history with impossible values"
+    numbers, confidences = [training["step"], training["pictures"]], [training["confidence"]]
+    if not all(type(number) is int for number in numbers):
+        return "has totals of an epoch with impossible values"
+    if totals := training["totals"]:
+        types = {key.name: key.type for key in fields(EpochTotals)}
+        has_all = isinstance(totals, dict) and totals.keys() == types.keys()
+        if not has_all or not all(isinstance(totals[name], kind) for name, kind in types.items()):
+            return "has totals of an epoch with impossible values"
+        if not (totals["step"] <= totals["steps"] and totals["logged_pictures"] <= totals["pictures"] > 0):
+            return "has totals of an epoch with impossible values"
+        numbers += [totals[name] for name, kind in types.items() if kind in (int, float)]
+        confidences.append(totals["confidence"])
+    if not all(isinstance(number, int | float) and 0 <= number < 2**62 for number in numbers):
+        return "has totals of an epoch with impossible values"
+    for values in confidences:
+        if values is None and (config.hardest == 1 or not training["history"]):
+            continue
+        if not isinstance(values, Tensor) or values.shape != (training["pictures"],) or not values.is_floating_point():
+            return "has no confidence in each of its pictures"
+    mistakes = training["mistakes"]
+    if not isinstance(mistakes, list) or not all(isinstance(text, str) and text.isprintable() for text in mistakes):
+        return "has mistakes that are no text"
+    return None
+
+
+def wrong_history(epochs: object) -> str | None:
+    """What is wrong with the epochs that a stranger's checkpoint tells of, in words; None when nothing is."""
+    try:
+        numbers = ["epoch", "step", "lr", "train_loss", "train_accuracy"]
+        if epochs:
+            split = History(epochs).split
+            numbers += [f"{split}_loss", f"{split}_accuracy"]
+        for number, metrics in enumerate(epochs, 1):
+            values = [metrics[name] for name in numbers]
+            if not is_plain(metrics) or not all(isinstance(value, int | float) for value in values):
+                return "its history holds impossible values"
+            if metrics["epoch"] != number or not all(map(math.isfinite, values)):
+                return "its history holds impossible values"
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return "its history holds impossible values"
+    return None
+
+
+def check_momentum(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Raise ValueError unless all that is saved of the optimizer has the shapes of its weights."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, buffers in saved.items():
+        for value in buffers.values():
+            if isinstance(value, Tensor):
+                fits = value.shape in (weights[index].shape, ())
+            else:
+                fits = value is None or type(value) in (int, float)
+            if not fits:
+                raise ValueError("its momentum is not that of its weights")

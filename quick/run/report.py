@@ -1,0 +1,54 @@
+"""The lines that train.py prints: what it trains, one line an epoch, and the result."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from quick.cli import flag, log, quoted
+from quick.data.pictures import Pictures
+from quick.processes import Group
+from quick.run.folder import RunFolder
+from quick.run.settings import Config
+from quick.run.state import TrainState
+
+
+def print_start(
+    config: Config, sets: Iterable[Pictures], network: nn.Module, device: torch.device, group: Group
+) -> None:
+    """In one line: the pictures, the network and its weights, the device and how many processes."""
+    sizes = ", ".join(f"{len(pictures):,} {pictures.split}" for pictures in sets)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    what = f"{config.model}: {count:,} parameters"
+    if trained < count:
+        what += f", {trained:,} of them trained"
+    if config.weights != "none":
+        what += f", from {config.weights}"
+    where = f"{group.size} processes, this one on {device}" if group.size > 1 else device
+    log.info(f"{config.data}: {sizes} pictures; {what}; {where}")
+
+
+def epoch_line(metrics: dict, split: str, epochs: int, is_best: bool) -> str:
+    """An epoch in one line of at most 100 columns."""
+    epoch = f"{metrics['epoch']:>{len(str(epochs))}}/{epochs}"
+    train = f"train loss {metrics['train_loss']:.3f} acc {metrics['train_accuracy']:.1%}"
+    held_out = f"{split} loss {metrics[f'{split}_loss']:.3f} acc {metrics[f'{split}_accuracy']:.1%}"
+    speed = f"{metrics['epoch_seconds']:.1f} s  {metrics['images_per_second']:,.0f} images/s"
+    return f"epoch {epoch}  {train}  {held_out}  {speed}{'  <- best' if is_best else ''}"
+
+
+def print_result(run: RunFolder, state: TrainState, config: Config) -> None:
+    """Why the run has ended, its best epoch, what that mistakes, and the commands that come next."""
+    history = state.history
+    if history.ended_by(config) == "patience":
+        print(f"ended after epoch {len(history)} of {config.epochs} by {flag('patience', config.patience)}")
+    best, split = history.best, history.split
+    result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
+    if "val_accuracy" in best and "test_accuracy" in best:
+        result = f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {best['test_accuracy']:.1%}"
+    print(f"best: epoch {best['epoch']}, {result}")
+    if state.mistakes:
+        print(f"most mistaken: {', '.join(state.mistakes)}")
+    print(f"python predict.py YOUR_PICTURE --checkpoint {quoted(run.path / 'best.pt')}")
+    print(f"tensorboard --logdir {quoted(config.log_dir)}")

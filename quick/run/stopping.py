@@ -1,0 +1,76 @@
+"""Ctrl-C, SIGTERM and the time limit: when a run shall stop, which all of its processes agree on."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+from quick.errors import Interrupted
+from quick.processes import Group
+
+VOTE_SECONDS = 0.5  # between two votes of several processes
+ECHO_SECONDS = 5  # under torchrun, a second signal within this time is the first one once more
+
+
+class StopVote:
+    """Whether the run should stop here; asked after each step, and before each batch of an evaluation.
+
+    Inside of `with stop:` Ctrl-C and SIGTERM are wishes to stop, and a second one ends the program at once. The time
+    limit (`minutes` after `start`, which is a time.perf_counter()) is a wish too. The processes of a group vote about
+    twice a second, and agree on the steps at which they vote: a vote at each step would take a tenth of the time of
+    small steps.
+    """
+
+    def __init__(self, group: Group, minutes: float, start: float):
+        self.group = group
+        self.deadline = start + 60 * minutes if minutes else float("inf")
+        self.signalled = 0.0  # when a signal came to this process; 0: none did
+        self.by_signal = False  # what the vote found, over all processes
+        self.by_time = False
+        self.steps, self.next_vote = 0, 1
+        self.last_vote = (0, 0.0)  # step and time
+
+    def __enter__(self) -> "StopVote":
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python delivers no signals
+            self.handlers = {
+                number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number: int, _: object) -> None:
+        if self.signalled:
+            # torchrun sends a signal on to processes that have got it already.
+            if "RANK" in os.environ and time.monotonic() < self.signalled + ECHO_SECONDS:
+                return
+            raise KeyboardInterrupt
+        self.signalled = time.monotonic()
+        if self.group.rank == 0:
+            # Not print(), in the middle of which the signal may have come; tee may have ended by the same Ctrl-C.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step, with a checkpoint (once more: at once, without)\n")
+
+    def asked(self) -> bool:
+        """Whether to stop here, in all processes; each of them must ask equally often."""
+        self.steps += 1
+        if self.by_signal or self.by_time:
+            return True
+        if self.steps < self.next_vote:
+            return False
+        (step, then), now = self.last_vote, time.perf_counter()
+        self.last_vote = (self.steps, now)
+        pause = VOTE_SECONDS * (self.steps - step) / max(1e-9, now - then)  # steps until the next vote
+        by_signal, by_time, pause = self.group.delayed_max(bool(self.signalled), now > self.deadline, pause)
+        self.next_vote = self.steps + (max(1, int(pause)) if self.group.size > 1 else 1)
+        self.by_signal, self.by_time = bool(by_signal), bool(by_time)
+        return self.by_signal or self.by_time
+
+    def check(self) -> None:
+        """Raise Interrupted if the run should stop here."""
+        if self.asked():
+            raise Interrupted

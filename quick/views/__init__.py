@@ -1,0 +1,1 @@
+"""What TensorBoard and `predict.py --show` draw."""

@@ -1,0 +1,134 @@
+"""The random changes, by draws that the tests choose; and the draws."""
+
+import numpy as np
+import pytest
+import torch
+
+from quick.data.augment import Augment, Draws, augment_images, augments
+from quick.run.settings import Config
+
+FILL = torch.full((1, 3, 1, 1), 77, dtype=torch.uint8)
+
+
+class Chosen:
+    """Draws that are as the test says, 0.5 where it says nothing."""
+
+    def __init__(self, **values: float | torch.Tensor):
+        self.values = values
+        self.asked = set()
+
+    def __call__(self, name: str) -> torch.Tensor:
+        self.asked.add(name)
+        return torch.as_tensor(self.values.get(name, 0.5)).expand(self.values.get("count", 1))
+
+    alternating = __call__
+
+
+def changed(settings: Augment, images: torch.Tensor, **values: float | torch.Tensor) -> torch.Tensor:
+    return augment_images(images, settings, Chosen(**values, count=len(images)), FILL)
+
+
+def draws_of(count: int, seed: int = 0, epoch: int = 1) -> Draws:
+    return Draws(count, seed, epoch, torch.arange(count), torch.device("cpu"))
+
+
+# ---- draws ----
+
+
+def test_draws_depend_on_seed_epoch_and_name_alone():
+    first = draws_of(50)("crop_row")
+    assert first.shape == (50,) and first.dtype == torch.float32 and first.min() >= 0 and first.max() < 1
+    assert torch.equal(first, draws_of(50)("crop_row"))
+    for other in (draws_of(50)("crop_column"), draws_of(50, seed=1)("crop_row"), draws_of(50, epoch=2)("crop_row")):
+        assert not torch.equal(first, other)
+
+
+def test_draws_belong_to_pictures_not_to_places():
+    whole = draws_of(50)("grey")
+    order = torch.randperm(50)
+    mixed = Draws(50, 0, 1, order, torch.device("cpu"))
+    assert torch.equal(mixed("grey"), whole[order])
+    assert torch.equal(mixed.at(10, 20)("grey"), whole[order[10:20]])
+    assert torch.equal(mixed.at(10, 20).alternating("grey"), draws_of(50).alternating("grey")[order[10:20]])
+
+
+def test_alternating_draws_move_by_a_half_each_epoch():
+    first, second, third = (draws_of(300, epoch=epoch).alternating("flip") for epoch in range(3))
+    assert torch.equal(first, third)
+    assert torch.allclose((first - second).abs(), torch.tensor(0.5), atol=1e-6)
+    assert torch.equal(first < 0.5, second >= 0.5)
+    assert not torch.equal(first, draws_of(300, seed=1, epoch=0).alternating("flip"))
+
+
+def test_only_what_is_asked_for_is_drawn():
+    draws = draws_of(4)
+    augment_images(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), Augment(cutout=2), draws, FILL)
+    assert {name for name, _ in draws.made} == {"cutout_row", "cutout_column"}
+
+
+def test_settings_that_change_nothing_are_known():
+    assert not augments(Augment()) and not augments(Config(epochs=3, batch_size=8))
+    for settings in (Augment(flip=True), Augment(resized_crop=0.5), Config(crop=2), Config(jitter=0.1)):
+        assert augments(settings)
+
+
+# ---- changes ----
+
+
+def test_flip_mirrors_the_pictures_that_are_drawn():
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    result = changed(Augment(flip=True), images, flip=torch.tensor([0.4, 0.6]))
+    assert torch.equal(result[0], images[0].flip(2)) and torch.equal(result[1], images[1])
+
+
+@pytest.mark.parametrize(("row", "column"), [(0.0, 0.0), (0.99, 0.0), (0.5, 0.99)])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_crop_shifts_by_up_to_its_pixels(row, column, mirrored):
+    images = torch.randint(1, 256, (3, 3, 6, 6), dtype=torch.uint8)
+    result = changed(Augment(crop=2, flip=mirrored), images, crop_row=row, crop_column=column, flip=0.0)
+    top, left = int(row * 5), int(column * 5)
+    padded = torch.from_numpy(np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2)), "reflect"))
+    expected = padded[:, :, top : top + 6, left : left + 6]
+    assert torch.equal(result, expected.flip(3) if mirrored else expected)
+
+
+@pytest.mark.parametrize("crop", [1, 5, 6])
+def test_a_crop_as_large_as_the_picture_stays_inside(crop):
+    images = torch.randint(1, 256, (40, 3, 6, 6), dtype=torch.uint8)
+    result = augment_images(images, Augment(crop=crop), draws_of(40), FILL)
+    assert result.shape == images.shape and result.min() > 0
+
+
+def test_cutout_hides_a_square_that_may_reach_over_the_edge():
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    middle = changed(Augment(cutout=4), images)
+    assert (middle == 77).sum() == 3 * 16 and (middle[0, :, 2:6, 2:6] == 77).all()
+    corner = changed(Augment(cutout=4), images, cutout_row=0.0, cutout_column=0.0)
+    assert (corner == 77).sum() == 3 * 4 and (corner[0, :, :2, :2] == 77).all()
+
+
+def test_jitter_multiplies_brightness_contrast_and_saturation():
+    images = torch.tensor([100, 50, 200], dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, 2, 2)
+    images[:, :, 0] //= 2
+
+    def jittered(**values: float) -> torch.Tensor:
+        return changed(Augment(jitter=0.5), images, **values)
+
+    assert torch.allclose(jittered(), images.float(), atol=1e-3)
+    assert torch.allclose(jittered(brightness=0.75), 1.25 * images.float(), atol=1e-3)
+    assert jittered(contrast=0.0).std() < jittered().std() < jittered(contrast=1.0).std()
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    greys = [(jittered(contrast=draw).mean((2, 3)) * luma).sum() for draw in (0.0, 0.5)]
+    assert greys[0] == pytest.approx(greys[1].item(), abs=0.01)
+    deviations = [jittered(saturation=draw).std(1).mean() for draw in (0.0, 0.5, 1.0)]
+    assert deviations == sorted(deviations) and jittered(brightness=1.0, saturation=1.0).max() <= 255
+
+
+def test_resized_crop_enlarges_a_part():
+    ramp = torch.linspace(0, 255, 32).round().byte().expand(1, 3, 32, 32)
+    whole = changed(Augment(resized_crop=1.0), ramp)
+    assert torch.allclose(whole, ramp.float(), atol=1)
+    left = changed(Augment(resized_crop=0.25), ramp, part_area=0.0, part_column=0.0)
+    right = changed(Augment(resized_crop=0.25), ramp, part_area=0.0, part_column=1.0)
+    assert left[..., 0].max() < 3 and left[..., -1].min() > 120 and left[..., -1].max() < 130
+    assert right[..., 0].min() > 125 and right[..., -1].min() > 250

@@ -1,0 +1,273 @@
+"""CIFAR-10: its files, and its download, against a server on this machine that misbehaves as asked."""
+
+import hashlib
+import http.server
+import io
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import datasets
+from quick.data import cifar10
+from quick.errors import DataError, LimitError
+
+
+def small_archive() -> bytes:
+    """CIFAR-10's archive in small: the same files and pickles, 10 pictures each."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as tar:
+        for number, name in enumerate([*(f"data_batch_{part}" for part in range(1, 6)), "test_batch"]):
+            pixels = np.random.RandomState(number).randint(0, 256, (10, 3072)).astype(np.uint8)
+            batch = pickle.dumps({"data": pixels, "labels": list(range(10))}, protocol=2)
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(batch)
+            tar.addfile(member, io.BytesIO(batch))
+    return content.getvalue()
+
+
+ARCHIVE = small_archive()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """GET /<behaviour>/...; the server object keeps a list of what was asked."""
+
+    def do_GET(self):
+        behaviour = self.path.split("/")[1]
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.server.asked.append((behaviour, start))
+        if behaviour.isdigit():
+            return self.send_error(int(behaviour))
+        body = {"html": b"<html>Sorry</html>", "corrupt": ARCHIVE[::-1], "short": ARCHIVE[:-1]}.get(behaviour, ARCHIVE)
+        partly = start and behaviour not in ("rangeless", "html")
+        self.send_response(206 if partly else 200)
+        if partly and behaviour != "unsaid":
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        body = body[start:] if partly else body
+        if behaviour != "lengthless":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if behaviour in ("cut", "stall"):
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            if behaviour == "stall":
+                time.sleep(0.8)
+            return self.connection.close()
+        if behaviour == "slow":
+            time.sleep(0.5)
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A running server; its `url(behaviour)` is an archive's address, its `asked` what was asked so far."""
+    monkeypatch.setattr(cifar10, "SIZE", len(ARCHIVE))
+    monkeypatch.setattr(cifar10, "MD5", hashlib.md5(ARCHIVE).hexdigest())
+    monkeypatch.setattr(cifar10, "STALLED_SECONDS", 0.4)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    running.asked = []
+    running.url = lambda behaviour: f"http://127.0.0.1:{running.server_port}/{behaviour}/cifar-10-python.tar.gz"
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def fetch(server, tmp_path, monkeypatch):
+    """Loads CIFAR-10 from mirrors that behave like this; returns what the server was asked."""
+
+    def call(*behaviours: str) -> list[tuple[str, int]]:
+        monkeypatch.setattr(cifar10, "MIRRORS", [server.url(name) for name in behaviours])
+        train_set, test_set = datasets.load("cifar10", tmp_path / "data")
+        assert (len(train_set), len(test_set)) == (50, 10)
+        left = {path.name for path in (tmp_path / "data").iterdir()}
+        assert left == {"cifar-10-batches-py", "cifar-10-python.tar.gz", ".cifar10.lock"}
+        return server.asked
+
+    return call
+
+
+def test_a_good_mirror_is_asked_once(fetch):
+    assert fetch("good") == [("good", 0)]
+    assert fetch("good") == [("good", 0)]  # it is there now
+
+
+@pytest.mark.parametrize("bad", ["html", "404", "503", "short", "corrupt"])
+def test_a_bad_mirror_is_left_for_the_next(fetch, bad):
+    assert fetch(bad, "good") == [(bad, 0), ("good", 0)]
+
+
+def test_a_server_that_does_not_say_how_much_it_sends(fetch):
+    assert fetch("lengthless") == [("lengthless", 0)]
+
+
+@pytest.mark.parametrize("broken", ["cut", "stall"])
+def test_a_broken_connection_is_gone_on_with(fetch, broken):
+    asked = fetch(broken, "good")
+    half = len(ARCHIVE) // 2
+    assert asked[:2] == [(broken, 0), (broken, half)] and asked[-1][0] == "good"
+    starts = [start for _, start in asked]
+    assert starts == sorted(starts) and starts[-1] > half
+
+
+def test_a_server_without_ranges_starts_anew(fetch, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-python.tar.gz.part").write_bytes(ARCHIVE[:100])
+    assert fetch("rangeless") == [("rangeless", 100)]
+
+
+def test_a_server_that_does_not_say_which_part_it_sends_is_left(fetch, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-python.tar.gz.part").write_bytes(ARCHIVE[:100])
+    assert fetch("unsaid", "good") == [("unsaid", 100), ("good", 100)]
+
+
+def test_a_wrong_part_is_discarded_and_the_mirror_asked_again(fetch, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-python.tar.gz.part").write_bytes(b"x" * 100)
+    assert fetch("good") == [("good", 100), ("good", 0)]
+
+
+def test_a_whole_part_needs_no_network(fetch, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-python.tar.gz.part").write_bytes(ARCHIVE)
+    assert fetch("404") == []
+
+
+def test_an_address_of_ones_own(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "MIRRORS", [])
+    datasets.load("cifar10", tmp_path / "a", data_url=server.url("good"))
+    monkeypatch.setenv("CIFAR10_URL", server.url("good"))
+    datasets.load("cifar10", tmp_path / "b")
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "http://nowhere.invalid/x", "no address", "file:///etc/hosts"])
+def test_without_a_network_one_message_names_the_ways_out(url, server, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="could not be downloaded") as caught:
+        datasets.load("cifar10", tmp_path / "data", data_url=url)
+    for way in ("put cifar-10-python.tar.gz into", "--data-url", "point --data at a folder", "--data shapes"):
+        assert way in str(caught.value)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(cifar10, "MIRRORS", ["http://127.0.0.1:9/a", "http://127.0.0.1:9/b"])
+    with pytest.raises(DataError, match=r"downloaded \(all 2 mirrors: Connection refused\)"):
+        datasets.load("cifar10", tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".cifar10.lock"]
+
+
+def test_an_interrupt_leaves_a_part_that_the_next_try_continues(fetch, tmp_path, monkeypatch):
+    whole = cifar10.is_the_archive
+    read = iter([True])
+
+    def interrupted(path: Path) -> bool:
+        if next(read, False):
+            path.write_bytes(path.read_bytes()[:1000])
+            raise KeyboardInterrupt
+        return whole(path)
+
+    monkeypatch.setattr(cifar10, "is_the_archive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch("good")
+    assert fetch("good") == [("good", 0), ("good", 1000)]
+
+
+def test_two_processes_download_once(server, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from quick.data import cifar10;"
+        f"cifar10.SIZE, cifar10.MD5 = {len(ARCHIVE)}, {hashlib.md5(ARCHIVE).hexdigest()!r};"
+        "print(len(cifar10.cifar10(Path(sys.argv[1]), 'train', sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "data"), server.url("slow")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0] for process in both] == ["50\n", "50\n"]
+    assert server.asked == [("slow", 0)]
+
+
+def test_an_unwritable_data_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file: (File exists|Not a directory)"):
+        datasets.load("cifar10", tmp_path / "file")
+
+
+# ---- its files ----
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """A folder with the small archive."""
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(ARCHIVE)
+    return tmp_path
+
+
+def test_cifar10_is_read_from_the_archive_and_from_its_folder(archive):
+    packed = datasets.load("cifar10", archive)
+    assert {path.name for path in archive.iterdir()} == {"cifar-10-batches-py", ".cifar10.lock", cifar10.ARCHIVE}
+    (archive / "cifar-10-python.tar.gz").unlink()
+    unpacked = datasets.load("cifar10", archive)
+    for one, other in zip(packed, unpacked, strict=True):
+        assert torch.equal(one.store.images, other.store.images) and torch.equal(one.labels, other.labels)
+    train_set, test_set = packed
+    assert (len(train_set), len(test_set)) == (50, 10)
+    first = np.random.RandomState(0).randint(0, 256, (10, 3072)).astype(np.uint8)[1].reshape(3, 32, 32)
+    assert np.array_equal(train_set.store.images[1], first)
+    assert train_set.classes[train_set.labels[1]] == "automobile"
+
+
+def test_a_limit_takes_the_first_of_each_class(archive):
+    few, whole = (datasets.load("cifar10", archive, limit=limit, splits=["train"])[0] for limit in (20, 0))
+    assert torch.equal(few.store.images, whole.store.images[:20]) and torch.equal(few.labels, whole.labels[:20])
+    assert torch.bincount(few.labels).tolist() == [2] * 10
+    with pytest.raises(LimitError, match="limit 9 is below the number of classes, 10"):
+        datasets.load("cifar10", archive, limit=9)
+
+
+def test_a_damaged_archive_is_named(archive):
+    path = archive / "cifar-10-python.tar.gz"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz: damaged .*; delete it to download it again"):
+        datasets.load("cifar10", archive)
+    assert not (archive / "cifar-10-batches-py").exists()
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code ran",))
+
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(DataError, match=r"builtins\.print, which is no data"):
+        datasets.load("cifar10", tmp_path, splits=["test"], mean=(0, 0, 0), std=(1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"data": [1, 2, 3], "labels": [1]},
+        {"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]},
+        {"data": np.zeros((2, 3000), np.uint8), "labels": [0, 1]},
+        {},
+        7,
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(batch, tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(batch, protocol=2))
+    with pytest.raises(DataError, match="not CIFAR-10's Python version, or damaged"):
+        datasets.load("cifar10", tmp_path, splits=["test"])

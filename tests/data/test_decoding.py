@@ -1,0 +1,167 @@
+"""Pictures of every kind, as files: all become RGB squares."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, as_bytes, noisy
+from PIL import Image
+
+from quick.data.decoding import Sizing, read_picture
+from quick.data.pictures import normalize
+from quick.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("RGB", (40, 40), (200, 100, 50)), (200, 100, 50)),
+        (Image.new("L", (40, 40), 90), (90, 90, 90)),
+        (Image.new("1", (40, 40), 1), (255, 255, 255)),
+        (Image.new("I;16", (40, 40), 128 * 257), (128, 128, 128)),
+        (Image.new("RGBA", (40, 40), (200, 100, 50, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (40, 40), (200, 100, 50, 255)), (200, 100, 50)),
+        (Image.new("LA", (40, 40), (10, 0)), (255, 255, 255)),
+        (Image.new("RGB", (40, 40), (200, 100, 50)).convert("P", palette=Image.Palette.ADAPTIVE), (200, 100, 50)),
+        (Image.new("RGB", (1, 1), (200, 100, 50)), (200, 100, 50)),
+        (Image.new("RGB", (8000, 3), (200, 100, 50)), (200, 100, 50)),
+    ],
+    ids=[
+        "rgb",
+        "grey",
+        "bilevel",
+        "grey16",
+        "transparent",
+        "opaque",
+        "grey-alpha",
+        "palette",
+        "one-pixel",
+        "8000-wide",
+    ],
+)
+def test_every_kind_of_png_becomes_rgb(image, expected):
+    picture, size = read_picture(io.BytesIO(as_bytes(image)), Sizing(32))
+    assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8 and size == image.size
+    assert np.abs(picture.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk(kind):
+    image = Image.new("CMYK", (50, 50), (0, 255, 255, 0))  # red
+    picture, _ = read_picture(io.BytesIO(as_bytes(image, kind)), Sizing(32))
+    assert np.abs(picture.astype(int) - (255, 0, 0)).max() <= 3
+
+
+def test_a_transparent_colour_is_white():
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 100, 50)).save(file, "PNG", transparency=(200, 100, 50))
+    assert (read_picture(file, Sizing(32))[0] == 255).all()
+
+
+@pytest.mark.parametrize("side", [70, 200, 500])
+def test_large_jpegs_lose_nothing_by_the_quick_way(side):
+    pixels = np.random.RandomState(0).randint(0, 256, (35, 35, 3)).astype(np.uint8)
+    file = io.BytesIO(as_bytes(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC), "JPEG"))
+    whole, _ = read_picture(Image.open(file).convert("RGB"), Sizing(32))
+    quick, _ = read_picture(file, Sizing(32))
+    assert np.abs(quick.astype(int) - whole).mean() < 4
+
+
+def test_float_greys_are_scaled_to_their_range():
+    image = Image.fromarray(np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32))
+    picture, _ = read_picture(io.BytesIO(as_bytes(image, "TIFF")), Sizing(32))
+    assert picture.min() == 0 and picture.max() == 255
+
+
+def test_exif_rotation_is_applied():
+    image = Image.new("RGB", (32, 32), "blue")
+    image.paste("red", (0, 0, 32, 16))  # red above blue
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
+    image.save(file, "PNG", exif=exif)
+    picture, _ = read_picture(file, Sizing(32))
+    assert picture[5, 28].tolist() == [255, 0, 0] and picture[5, 3].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "turned"])
+def test_jpegs_of_the_very_size_are_read_as_others_are(mode, tmp_path, monkeypatch):
+    """These have a quick way, by their names as strings."""
+    image, exif = noisy((200, 120, 40), 0), Image.Exif()
+    image.paste("blue", (0, 0, 32, 10))
+    exif[0x0112] = 6
+    if mode == "turned":
+        image.save(tmp_path / "a.jpg", exif=exif)
+    else:
+        image.convert(mode).save(tmp_path / "a.jpg")
+    expected, _ = read_picture(tmp_path / "a.jpg", Sizing(32))
+    monkeypatch.setattr(Image, "open", Image.open if mode != "RGB" else None)
+    picture, size = read_picture(str(tmp_path / "a.jpg"), Sizing(32))
+    assert size == (32, 32) and np.array_equal(picture, expected)
+
+
+def test_a_damaged_exif_block_does_not_spoil_the_picture():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(file, "PNG", exif=b"nonsense")
+    assert read_picture(file, Sizing(32))[0][0, 0].tolist() == [255, 0, 0]
+
+
+def test_the_centre_square_is_taken_and_resized_smoothly():
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    picture, size = read_picture(io.BytesIO(as_bytes(image)), Sizing(32))
+    assert size == (300, 100) and (picture[:, 1:-1] == (0, 0, 255)).all()
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (320, 160)))
+    picture, _ = read_picture(io.BytesIO(as_bytes(stripes)), Sizing(32))
+    assert np.abs(picture.astype(int) - 127).max() < 10  # aliasing would leave stripes
+
+
+def photographs() -> list[Image.Image]:
+    """A generated photograph, wide and tall, and three real ones where they are at hand."""
+    pixels = np.random.RandomState(0).randint(0, 256, (30, 40, 3)).astype(np.uint8)
+    wide = Image.fromarray(pixels).resize((400, 301), Image.Resampling.BICUBIC)
+    real = sorted((ROOT / "data" / "ants_bees" / "val").glob("*/*.jpg"))[:3]
+    return [wide, wide.transpose(Image.Transpose.ROTATE_90), *map(Image.open, real)]
+
+
+@pytest.mark.parametrize(
+    "name", ["vgg16", "efficientnet_b0", "efficientnet_b1", "swin_v2_t", "efficientnet_v2_s", "inception_v3"]
+)
+def test_pictures_are_prepared_as_imagenet_weights_want_them(name):
+    models = pytest.importorskip("torchvision.models")
+    transforms = models.get_model_weights(name).DEFAULT.transforms()
+    how = Sizing(transforms.crop_size[0], transforms.resize_size[0], transforms.interpolation.value)
+    for image in photographs():
+        expected = transforms(image.convert("RGB"))
+        picture, _ = read_picture(io.BytesIO(as_bytes(image.convert("RGB"))), how)
+        batch = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
+        difference = (normalize(batch, transforms.mean, transforms.std)[0] - expected).abs() * 0.229 * 255
+        assert difference.max() < 2.5 and difference.mean() < 0.1  # of 255: roundings alone
+
+
+def test_without_a_resize_nothing_of_the_shorter_side_is_lost():
+    image = Image.new("RGB", (90, 60), "blue")
+    image.paste("red", (0, 0, 90, 6))
+    whole, _ = read_picture(io.BytesIO(as_bytes(image)), Sizing(20))
+    middle, _ = read_picture(io.BytesIO(as_bytes(image)), Sizing(20, 30))
+    assert whole[0, 10].tolist() == [255, 0, 0] and middle[0, 10].tolist() == [0, 0, 255]
+    fits, _ = read_picture(io.BytesIO(as_bytes(image.crop((0, 4, 20, 24)))), Sizing(20, 30))
+    assert fits[0, 10].tolist() == [0, 0, 255]  # also where the file has the side already
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "not a picture"), (b"hello", "not a picture"), (as_bytes(noisy((9, 9, 9), 0))[:900], "truncated")],
+)
+def test_what_is_no_picture_is_refused_with_a_reason(content, reason):
+    with pytest.raises(DataError, match=reason):
+        read_picture(io.BytesIO(content), Sizing(32))
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    for kind in ("gif", "webp", "png", "tif"):
+        frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], duration=100, lossless=True)
+        picture, _ = read_picture(tmp_path / f"a.{kind}", Sizing(32))
+        assert np.abs(picture[16, 16].astype(int) - (255, 0, 0)).max() <= 2, kind

@@ -1,0 +1,146 @@
+"""Settings: the config file, the flags, what both may say, and what pretrained weights fill in."""
+
+import pytest
+from conftest import ROOT
+
+import train
+from quick.run.config import as_toml, read_config, resolve
+from quick.run.settings import Config
+
+# ---- files and flags ----
+
+
+def test_every_setting_survives_the_config_file(tmp_path):
+    config = Config(data='a "b" \\ ü 😀', mean=(0.1, 0.2, 0.3), std=(1.0, 1e-7, 1.0), lr=1e-5, compile=True)
+    (tmp_path / "c.toml").write_text(as_toml(config), encoding="utf-8")
+    assert read_config(tmp_path / "c.toml") == config
+
+
+def test_files_may_say_freeze_with_a_number(tmp_path):
+    (tmp_path / "a.toml").write_text("freeze = 2\nweights = 'w.pt'")
+    assert read_config(tmp_path / "a.toml").freeze == "2"
+
+
+def test_flags_overrule_the_config_file(tmp_path):
+    (tmp_path / "my.toml").write_text("lr = 1\nepochs = 7\nflip = true")
+    config = train.parse(["--config", str(tmp_path / "my.toml"), "--epochs", "3", "--no-flip"])[0]
+    assert (config.lr, config.epochs, config.flip) == (1, 3, False)
+
+
+def test_help_shows_groups_and_the_configs_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(ROOT / "configs" / "tutorial.toml"), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "highest learning rate (default: 0.01)" in text
+    for group in ("data:", "network:", "recipe:", "machine:", "run:"):
+        assert f" {group} " in text
+    assert all(f"--{name.replace('_', '-')}" in text for name in Config.__dataclass_fields__)
+
+
+def test_nothing_is_filled_in_without_weights():
+    config = resolve(train.parse([])[0], pretrained=None)
+    assert (config.image_size, config.resize, config.interpolation) == (32, 32, "bilinear")
+    assert config.mean == ()  # to be measured
+
+
+# ---- wrong settings ----
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epoch = 3", "unknown key 'epoch'; did you mean epochs?"),
+        ("colour = 3", "unknown key 'colour'"),
+        ("epochs = 'three'", "epochs: 'three' is not of type int"),
+        ("epochs = true", "epochs: True is not of type int"),
+        ("flip = 1", "flip: 1 is not of type bool"),
+        ("lr = '0.1'", "lr: '0.1' is not of type float"),
+        ("epochs = -1", "epochs: -1 is not at least 1"),
+        ("loss = 'cross-entropy'", "loss: 'cross-entropy' is not one of cross_entropy, mse, l1; did you mean"),
+        ("mean = [0, 0]", "mean: [0, 0] is not one number for each of the three channels"),
+        ("mean = [0, 0, 'x']", "mean: 'x' is not a finite number"),
+        ("lr = nan", "lr: nan is not a finite number"),
+        ("lr = 1" + 400 * "0", "lr: 1000000"),
+        ("[recipe]\nlr = 1", "unknown key 'recipe'"),
+        ("lr 3", "not a TOML file"),
+        ("run_name = '../x'", "run_name: '../x' cannot be a folder's name"),
+        ("lr = " + 5000 * "1", "not a TOML file"),
+        ("mean = " + 100_000 * "[", "not a TOML file"),
+        ('"\\u001b[2J" = 1', r"unknown key '\x1b[2J'"),
+    ],
+)
+def test_a_wrong_config_file_is_named_with_its_key(content, message, tmp_path, capsys):
+    path = tmp_path / "my.toml"
+    path.write_text(content)
+    status = train.cli(["--config", str(path)])
+    error = capsys.readouterr().err
+    assert status == 2 and f"train.py: {path}: {message}" in error and error.count("\n") == 1
+
+
+# ---- the wrong calls of train.py: one line, status 2, nothing left behind ----
+
+MISTAKES = [
+    ("--epochs -1", "--epochs: -1 is not at least 1"),
+    ("--epochs 0", "--epochs: 0 is not at least 1"),
+    ("--epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
+    ("--lr nan", "--lr: nan is not a finite number"),
+    ("--lr inf", "--lr: inf is not a finite number"),
+    ("--lr 0", "--lr: 0.0 is not above 0"),
+    ("--batch-size 0", "--batch-size: 0 is not at least 1"),
+    ("--batch-size 1", "add --no-batch-norm"),
+    ("--momentum 1", "--momentum: 1.0 is not below 1"),
+    ("--momentum 0", "--nesterov needs --momentum above 0"),
+    ("--label-smoothing 1", "--label-smoothing: 1.0 is not below 1"),
+    ("--limit 9 --data shapes", "--limit 9 is below the number of classes, 10"),
+    ("--mean 0 0 0", "--mean and --std: give both or neither"),
+    ("--mean 0 0 0 --std 1 0 1", "--std: 0.0 is not above 0"),
+    ("--mean 0 0", "argument --mean: expected 3 arguments"),
+    ("--seed 99999999999999999999", "--seed: 99999999999999999999 is not at most 9223372036854775807"),
+    ("--crop 33", "--crop and --cutout can be at most the image size, 32 pixels"),
+    ("--val-fraction 0.01 --limit 20 --data shapes", "--val-fraction 0.01 of 20 pictures leaves too few"),
+    ("--loss hinge", "argument --loss: invalid choice: 'hinge'"),
+    ("--schedule", "argument --schedule: expected one argument"),
+    ("--epoch 3", "unknown flag --epoch; did you mean --epochs?"),
+    ("--weigth-decay=3", "unknown flag --weigth-decay=3; did you mean --weight-decay?"),
+    ("--frobnicate", "unknown flag --frobnicate"),
+    ("shapes", "unknown flag shapes"),
+    ("--device cuda:99", "no device 'cuda:99' here; this machine has: "),
+    ("--precision fp16 --device cpu", "fp16 does not train well on cpu"),
+    ("--image-size 4 --data shapes", "--image-size 4 is below 8"),
+    ("--run-name ../x", "--run-name: '../x' cannot be a folder's name on every system, without a path"),
+    *(
+        (f"--run-name {name}", f"{name!r:.80} cannot be a folder's name on every system, without a path")
+        for name in (
+            "..",
+            ".",
+            "/x",
+            "a/b",
+            "a\\b",
+            "c:",
+            "con",
+            "Aux.txt",
+            "COM1",
+            "lpt9.log",
+            "a.",
+            "a" * 300,
+        )
+    ),
+    ("--run-name x\x1b", r"--run-name: 'x\x1b' has characters that cannot be printed"),
+    ("--data caf\udce9", r"--data: 'caf\udce9' has characters that cannot be printed"),
+    ("--clip-grad -1", "--clip-grad: -1.0 is not at least 0"),
+    ("--patience -1", "--patience: -1 is not at least 0"),
+    ("--time-limit -1", "--time-limit: -1.0 is not at least 0"),
+    ("--keep -1", "--keep: -1 is not at least 0"),
+    ("--resume", "--resume: no unfinished run in logs; --resume RUN --epochs N makes a finished one longer"),
+    ("--resume x", "--resume x: no run there (its folder has a config.toml)"),
+    ("--config nowhere.toml", "--config nowhere.toml: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+def test_a_wrong_call_ends_in_one_line_and_status_2(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status = train.cli(flags.split())
+    output = capsys.readouterr()
+    assert status == 2 and message in output.err and output.err.count("\n") == 1 and not output.out
+    assert output.err.startswith("train.py: ") and not list(tmp_path.iterdir())

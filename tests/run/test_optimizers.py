@@ -1,0 +1,142 @@
+"""One step of each optimizer, and which weights have which learning rate."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from samples import a_batch, a_state
+
+import model
+from quick.nets import losses
+from quick.run.optimizers import OPTIMIZERS, Muon, orthogonal
+from quick.run.settings import Config
+from train import lr_share, train_step
+
+
+@pytest.fixture
+def network() -> model.CifarQuick:
+    torch.manual_seed(0)
+    return model.CifarQuick(classes=2, image_size=8)
+
+
+@pytest.fixture
+def batch():
+    return a_batch(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))
+
+
+def test_a_step_is_nesterov_sgd_with_decay_of_weights_alone(network, batch):
+    config = Config(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    loss = losses.loss_function(network(batch.images), batch.labels)
+    gradients = dict(zip(before, torch.autograd.grad(loss, network.parameters()), strict=True))
+    for layer in network.modules():
+        if hasattr(layer, "reset_running_stats"):
+            layer.reset_running_stats()
+    train_step(a_state(network, config), batch, config)
+    for name, value in network.named_parameters():
+        gradient = gradients[name] + (0.01 * before[name] if value.ndim > 1 else 0)
+        assert torch.allclose(value, before[name] - 0.1 * 1.9 * gradient, atol=1e-5), name
+
+
+def test_the_backbone_has_a_rate_of_its_own():
+    network = model.CifarQuick()
+    config = Config(lr=0.1, backbone_lr=0.001, weight_decay=0.5)
+    state = a_state(network, config, ["head.weight", "head.bias"])
+    rates = {p: (g["lr"], g["weight_decay"]) for g in state.optimizer.param_groups for p in g["params"]}
+    for name, parameter in network.named_parameters():
+        rate = 0.1 if name.startswith("head.") else 0.001
+        assert rates[parameter] == (rate, 0.5 if parameter.ndim > 1 else 0.0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_each_step_sets_the_rates_of_all_weights_by_the_schedule(network, batch, optimizer):
+    config = Config(optimizer=optimizer, lr=0.1, backbone_lr=0.001, muon_lr=0.02, schedule="cosine")
+    state = a_state(network, config, ["head.weight", "head.bias"], steps=4)
+    highest = {0.1, 0.001, 0.02} if optimizer == "muon" else {0.1, 0.001}
+    for step in range(4):
+        train_step(state, batch, config)
+        share = lr_share(config, 4, step)
+        assert {group["highest_lr"] for group in state.optimizer.param_groups} == highest
+        assert all(group["lr"] == group["highest_lr"] * share for group in state.optimizer.param_groups)
+
+
+def test_frozen_weights_are_in_no_group(network):
+    network.stage1.requires_grad_(False)
+    state = a_state(network, Config())
+    trained = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    wanted = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    assert set(trained) == set(wanted) and len(trained) == len(wanted) < len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_goes_on_from_what_was_saved_of_the_optimizer(network, batch, optimizer):
+    config = Config(optimizer=optimizer, lr=0.1, momentum=0.9, schedule="onecycle")
+    states = [a_state(network, config), a_state(model.CifarQuick(classes=2, image_size=8), config)]
+    for _ in range(3):
+        train_step(states[0], batch, config)
+    states[1].network.load_state_dict(network.state_dict())
+    states[1].load_state_dict(copy.deepcopy(states[0].state_dict()))  # as a file would hold it
+    for state in states:
+        train_step(state, batch, config)
+    for whole, continued in zip(network.parameters(), states[1].network.parameters(), strict=True):
+        assert torch.equal(whole, continued)
+
+
+# ---- Muon ----
+
+
+def test_muon_remembers_gradients_and_shrinks_weights():
+    weight = torch.nn.Parameter(torch.randn(8, 4))
+    idle = torch.nn.Parameter(torch.ones(2, 2))  # no answer depends on it
+    groups = [{"params": [weight, idle], "lr": 0.1, "weight_decay": 0.5, "orthogonal": True}]
+    optimizer = Muon(groups, momentum=0.9, nesterov=True, precision=torch.float32)
+    gradients = torch.randn(3, 8, 4)
+    expected, buffer = weight.detach().clone(), torch.zeros(8, 4)
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+        buffer = 0.9 * buffer + gradient
+        step = orthogonal(gradient + 0.9 * buffer)
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * 2**0.5 * step
+    assert torch.allclose(weight, expected, atol=1e-5) and torch.equal(idle, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("shape", [(32, 3, 5, 5), (64, 32), (8, 200), (200, 8)])
+def test_orthogonal_matrices_have_singular_values_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).flatten(1)
+    found = orthogonal(1e-4 * matrix)
+    assert found.shape == matrix.shape and found.dtype == matrix.dtype
+    singular, before = torch.linalg.svdvals(found), torch.linalg.svdvals(matrix) / matrix.norm()
+    assert singular[before > 0.03].min() > 0.6 and singular.max() < 1.25
+    nearest, _, other = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(found.flatten(), (nearest @ other).flatten(), 0) > 0.97
+
+
+def test_muon_makes_hidden_weights_steps_orthogonal_and_the_rest_as_sgd(batch):
+    config = Config(lr=0.1, muon_lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.01)
+    head, found = model.head_keys("cifar_quick", {"image_size": 8}), {}
+    for name in ("sgd", "muon"):
+        torch.manual_seed(0)
+        network = model.CifarQuick(classes=2, image_size=8)
+        config = replace(config, optimizer=name)
+        before = {key: value.detach().clone() for key, value in network.named_parameters()}
+        train_step(a_state(network, config, head), batch, config)
+        found[name] = {key: value.detach() - before[key] for key, value in network.named_parameters()}
+    for key, step in found["muon"].items():
+        if step.ndim == 1 or key in head:
+            assert torch.equal(step, found["sgd"][key]), key
+        else:
+            shrunk = step + 0.02 * 0.01 * before[key]
+            singular = torch.linalg.svdvals(shrunk.flatten(1)) / 0.02 / max(1, len(step) / step[0].numel()) ** 0.5
+            assert 0.8 < singular.max() < 1.3 and not torch.allclose(step, found["sgd"][key], atol=1e-4), key
+
+
+def test_muon_skips_a_step_that_overflowed_in_fp16(network):
+    config = Config(optimizer="muon", momentum=0.9)
+    state = a_state(network, config)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    train_step(state, a_batch(torch.full((4, 3, 8, 8), 1e3), torch.tensor([0, 1, 0, 1])), config)
+    assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
+    assert state.scaler.get_scale() < 2.0**127

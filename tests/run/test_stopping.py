@@ -1,0 +1,229 @@
+"""Ctrl-C, SIGTERM, the time limit and patience: a run ends where it shall, and what it did is saved."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from runs import STILL, VARIANTS, at_steps, contents, differences, resume, send, start, uninterrupted
+
+import train
+from quick.checkpoints import write_file
+from quick.processes import Group
+from quick.run import folder, stopping
+from quick.run.config import read_config
+from quick.run.history import History
+from quick.run.stopping import StopVote
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """A clock that goes on by a second with each training step, and stands still in between."""
+    now = [0.0]
+
+    def tick() -> None:
+        now[0] += 1
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    at_steps(monkeypatch, dict.fromkeys(range(1, 1000), tick))
+    return now
+
+
+# ---- signals ----
+
+
+def test_signals_are_given_back():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with StopVote(Group(), 0, 0.0) as stop:
+        assert [signal.getsignal(number) for number in numbers] == [stop.on_signal] * 2
+        assert not stop.asked()
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_what_torchrun_sends_on_is_the_same_signal(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    ended = []
+    with StopVote(Group(), 0, 0.0) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        for later in (0, stopping.ECHO_SECONDS):
+            stop.signalled -= later
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                ended.append(False)
+            except KeyboardInterrupt:
+                ended.append(True)
+    assert stop.asked() and stop.by_signal and ended == [False, True]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_damages_nothing(tmp_path, monkeypatch, capsys):
+    expected = uninterrupted("plain")
+    at_steps(monkeypatch, {30: send(signal.SIGINT, signal.SIGINT)})
+    assert start(tmp_path, "a", *VARIANTS["plain"].split()) == 130
+    out, err = capsys.readouterr()
+    assert out.endswith(f"python train.py --resume {tmp_path / 'a'}\n") and "Traceback" not in err
+    assert {path.name for path in (tmp_path / "a").glob("*.pt")} == {"epoch_001.pt", "best.pt"}
+    assert train.cli(["--resume", str(tmp_path / "a")]) == 0
+    assert not differences(expected, contents(tmp_path / "a"))
+
+
+def test_a_terminal_that_is_gone_costs_no_checkpoint(tmp_path, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(stopping.os, "write", gone)
+    at_steps(monkeypatch, {7: send(signal.SIGINT)})
+    assert start(tmp_path, "a") == 130
+    assert (tmp_path / "a" / "interrupted.pt").exists()
+
+
+def like_a_command(flags: list[str], folder: Path) -> None:
+    """Train as a terminal starts it: in a process group of its own, whose output goes into files."""
+    os.setsid()
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with Path("out").open("w") as sys.stdout, Path("err").open("w") as sys.stderr:
+        for number, file in ((1, sys.stdout), (2, sys.stderr)):
+            os.dup2(file.fileno(), number)
+        status = train.cli(flags)
+    os._exit(status)
+
+
+def test_ctrl_c_reaches_the_processes_that_read_files_too(colour_folder, tmp_path, processes):
+    flags = "--epochs 500 --batch-size 20 --device cpu --no-views --no-whiten --memory-share 0 --workers 2 --keep 1"
+    flags = ["--data", str(colour_folder), *flags.split(), "--run-name", "a"]
+    process = processes.Process(target=like_a_command, args=(flags, tmp_path))
+    process.start()
+    try:
+        out, deadline = tmp_path / "out", time.monotonic() + 60
+        while not (out.exists() and out.read_text().count("\n")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        first = out.read_text()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+        process.join(60)
+    finally:
+        process.kill()
+    out, err = out.read_text(), (tmp_path / "err").read_text()
+    assert first.startswith("epoch   1/500") and process.exitcode == 130 and "Traceback" not in err
+    assert out.endswith(f"python train.py --resume {Path('logs') / 'a'}\n")
+    assert "stopping after this step, with a checkpoint (once more: at once, without)" in err
+    assert (tmp_path / "logs" / "a" / "interrupted.pt").exists()
+
+
+@pytest.mark.expensive
+def test_ctrl_c_stops_the_command_itself(colour_folder, tmp_path):
+    flags = "--epochs 500 --batch-size 20 --device cpu --no-views --no-whiten --memory-share 0 --workers 2 --keep 1"
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(colour_folder), *flags.split(), "--run-name", "a"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
+    try:
+        first = process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert first.startswith("epoch   1/500") and process.returncode == 130 and "Traceback" not in err
+    assert out.endswith(f"python train.py --resume {Path('logs') / 'a'}\n")
+    assert "stopping after this step, with a checkpoint (once more: at once, without)" in err
+    assert (tmp_path / "logs" / "a" / "interrupted.pt").exists()
+
+
+# ---- the time limit ----
+
+
+@pytest.mark.parametrize("variant", ["plain", "held out"])
+def test_a_run_that_its_time_limit_stopped_goes_on_to_the_same_result(variant, clock, tmp_path, capsys):
+    expected = uninterrupted(variant)
+    capsys.readouterr()
+    steps = 16 if variant == "held out" else 20  # of an epoch
+    command = f"python train.py --resume {tmp_path / 'a'}\n"
+
+    # In the middle of the first epoch.
+    assert start(tmp_path, "a", *VARIANTS[variant].split(), "--time-limit", str(6.5 / 60)) == 0
+    out, err = capsys.readouterr()
+    assert out == command and "interrupted in epoch 1, step 7; this goes on from there" in err
+    assert {path.name for path in (tmp_path / "a").glob("*.pt")} == {"interrupted.pt"}
+
+    # Between the last step of the second epoch and its evaluation.
+    assert resume(tmp_path, "--time-limit", str((2 * steps - 7 - 0.5) / 60)) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("epoch 1/3") and out.endswith(command)
+    assert "goes on in epoch 1 at step 7\n" in err and "interrupted in epoch 2, after its steps; " in err
+    assert torch.load(tmp_path / "a" / "interrupted.pt", weights_only=True)["training"]["totals"]["step"] == steps
+
+    assert resume(tmp_path, "--time-limit", "0") == 0
+    assert "goes on in epoch 2 with its evaluation\n" in capsys.readouterr().err
+    assert not differences(expected, contents(tmp_path / "a"))
+
+
+def test_a_signal_that_comes_while_an_interrupted_run_is_saved_changes_nothing(tmp_path, monkeypatch):
+    """torchrun and clusters send SIGTERM more than once; the second must not kill the saving."""
+    handlers = []
+
+    def noted(path: Path, content: bytes) -> None:
+        if path.name == "interrupted.pt":
+            handlers.append(signal.getsignal(signal.SIGTERM))
+        write_file(path, content)
+
+    monkeypatch.setattr(folder, "write_file", noted)
+    at_steps(monkeypatch, {7: send(signal.SIGTERM)})
+    assert start(tmp_path, "a", *VARIANTS["plain"].split()) == 130
+    assert len(handlers) == 1 and handlers[0].__func__ is StopVote.on_signal
+
+
+def test_time_that_was_not_over_changes_nothing(clock, tmp_path):
+    assert start(tmp_path, "a", *VARIANTS["plain"].split(), "--time-limit", "2") == 0
+    assert not differences(uninterrupted("plain"), contents(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(("way", "status"), [("signal", 130), ("time", 0)])
+def test_an_interrupted_evaluation_is_done_again(way, status, clock, tmp_path, monkeypatch):
+    expected = uninterrupted("plain")
+    outputs = train.outputs_of_set
+
+    def interrupted(*inputs, **settings):
+        monkeypatch.setattr(train, "outputs_of_set", outputs)
+        if way == "signal":
+            send(signal.SIGINT)()
+        else:
+            clock[0] += 60
+        return outputs(*inputs, **settings)
+
+    monkeypatch.setattr(train, "outputs_of_set", interrupted)
+    assert start(tmp_path, "a", *VARIANTS["plain"].split(), "--time-limit", "1") == status
+    training = torch.load(tmp_path / "a" / "interrupted.pt", weights_only=True)["training"]
+    assert training["totals"]["step"] == training["totals"]["steps"] == training["step"] == 20
+    assert train.cli(["--resume", str(tmp_path / "a"), "--time-limit", "0"]) == 0
+    assert not differences(expected, contents(tmp_path / "a"))
+
+
+# ---- patience ----
+
+
+def test_patience_ends_a_run_that_gets_no_better(tmp_path, capsys):
+    assert start(tmp_path, "a", *STILL, "--epochs", "9", "--patience", "2") == 0
+    out, _ = capsys.readouterr()
+    config = read_config(tmp_path / "a" / "config.toml")
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    ends = [History(lines[:count]).ended_by(config) for count in range(1, len(lines) + 1)]
+    assert ends == [*[None] * (len(lines) - 1), "patience"] and len(lines) < 9
+    best = max(lines, key=lambda line: line["test_accuracy"])["epoch"]
+    assert best == 1 and len(lines) == best + 2 and f"ended after epoch {best + 2} of 9 by --patience 2\n" in out
+    assert resume(tmp_path) == 2
+    capsys.readouterr()
+    assert resume(tmp_path, str(tmp_path / "a"), "--epochs", "20") == 2  # patience would end it again
+    assert capsys.readouterr().err == ("train.py: --epochs 20: the run was ended by --patience 2; add --patience 0\n")
+    assert train.cli(["--resume", str(tmp_path / "a"), "--patience", "4"]) == 0
+    assert len(contents(tmp_path / "a")["metrics"]) == best + 4
+    assert capsys.readouterr().out.count("by --patience 4\n") == 1
+
+
+def test_the_last_epoch_ends_a_run_whatever_patience_says(tmp_path, capsys):
+    assert start(tmp_path, "a", *STILL, "--epochs", "3", "--patience", "2") == 0
+    assert "ended after" not in capsys.readouterr().out

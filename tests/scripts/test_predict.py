@@ -1,0 +1,433 @@
+"""predict.py as a user calls it, on networks that were trained on colours and on shapes."""
+
+import csv
+import io
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS, ROOT, as_bytes, noisy, save
+from PIL import Image
+
+import datasets
+import model
+import predict
+from quick.checkpoints import TTA, read
+from quick.cli import Parser
+from quick.data import streaming
+from quick.data.cifar10 import CLASSES
+from quick.data.decoding import read_picture
+from quick.data.pictures import normalize
+from quick.errors import CheckpointError, DataError
+from quick.nets import losses
+from quick.run import evaluation
+from quick.run.config import parse_config
+
+
+@pytest.fixture
+def ask(colour_run, capsys):
+    """Calls predict.py with the colours' checkpoint; returns status, lines on standard output, and standard error."""
+
+    def call(*arguments: object) -> tuple[int, list[str], str]:
+        status = predict.cli(["--checkpoint", str(colour_run / "best.pt"), "--device", "cpu", *map(str, arguments)])
+        output = capsys.readouterr()
+        return status, output.out.splitlines(), output.err
+
+    return call
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with one new picture of each colour, one of them in a folder inside."""
+    (tmp_path / "inside").mkdir()
+    noisy(COLOURS["red"], 100, (50, 40)).save(tmp_path / "a.png")
+    noisy(COLOURS["green"], 101, (60, 90)).save(tmp_path / "b.JPG", "JPEG")
+    noisy(COLOURS["blue"], 102).save(tmp_path / "inside" / "c.webp")
+    return tmp_path
+
+
+def test_a_picture_gets_its_top_classes_with_percentages(ask, pictures):
+    status, lines, errors = ask(pictures / "a.png")
+    name, *guesses = lines[0].split("  ")
+    assert (status, len(lines), name, errors) == (0, 1, str(pictures / "a.png"), "")
+    assert guesses[0].split()[0] == "red" and len(guesses) == 3
+    shares = [float(guess.split()[1].rstrip("%")) for guess in guesses]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2)
+    assert ask(pictures / "a.png", "--top-k", 9)[1] == lines  # there are three
+
+
+@pytest.mark.parametrize("kind", ["file", "picture", "grey picture", "array", "tensor"])
+def test_a_notebook_asks_in_one_line(kind, ask, pictures, colour_run):
+    path = pictures / "a.png"
+    image = {
+        "file": path,
+        "picture": Image.open(path).convert("RGBA"),
+        "grey picture": Image.open(path).convert("L"),
+        "array": np.asarray(Image.open(path)),
+        "tensor": torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1),
+    }[kind]
+    guesses = predict.classify(image, model.load(colour_run / "best.pt"), top_k=2)
+    assert len(guesses) == 2 and guesses[0][1] > guesses[1][1]
+    if kind != "grey picture":
+        printed = [f"{name} {share:.1%}" for name, share in guesses]
+        assert ask(path, "--top-k", 2)[1] == ["  ".join([str(path), *printed])]
+
+
+def test_a_notebook_gets_errors_that_name_what_is_wanted(pictures, monkeypatch):
+    with pytest.raises(DataError, match=r"uint8 \(H, W, 3\), not float32 \(32, 32, 3\)"):
+        predict.classify(torch.zeros(3, 32, 32))  # and without a run of one's own, by what is in weights/
+    with pytest.raises(DataError, match="No such file"):
+        predict.classify("nowhere.png")
+    monkeypatch.chdir(pictures)
+    assert {name for name, _ in predict.classify("a.png", top_k=99)} == set(CLASSES)
+
+
+def test_folders_are_searched_and_the_order_is_kept(ask, pictures):
+    status, lines, _ = ask(pictures / "b.JPG", pictures, "--top-k", 1)
+    assert status == 0
+    assert [line.split()[:2] for line in lines] == [
+        [str(pictures / "b.JPG"), "green"],
+        [str(pictures / "a.png"), "red"],
+        [str(pictures / "b.JPG"), "green"],
+        [str(pictures / "inside" / "c.webp"), "blue"],
+    ]
+
+
+@pytest.mark.parametrize("many", [1000, 5])  # the second starts processes
+def test_many_pictures_in_several_batches_get_their_own_answers(ask, tmp_path, monkeypatch, many):
+    monkeypatch.setattr(streaming, "BATCH", 4)
+    monkeypatch.setattr(streaming, "MANY", many)
+    monkeypatch.setattr(streaming, "cores", lambda: 4)
+    names = [list(COLOURS)[k % 3] for k in range(11)]
+    for number, name in enumerate(names):
+        noisy(COLOURS[name], 200 + number).save(tmp_path / f"{number:02}.png")
+    (tmp_path / "05b.png").write_text("not a picture")
+    status, lines, errors = ask(tmp_path, "--top-k", 1)
+    assert [line.split()[1] for line in lines] == names
+    assert status == 1 and errors.count("\n") == 1 and "05b.png: not a picture" in errors
+
+
+def test_the_reasons_belong_to_their_files(ask, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_text("not a picture")
+    (tmp_path / "zero.png").write_bytes(b"")
+    status, lines, errors = ask(tmp_path / "empty", tmp_path / "broken.png", tmp_path / "zero.png")
+    reasons = [line.rpartition(": ")[2] for line in errors.splitlines() if line.startswith("predict.py")]
+    assert status == 1 and not lines
+    assert reasons == ["no pictures in this folder", "not a picture that Pillow can read", "empty file"]
+
+
+def test_json_has_an_object_a_line(ask, pictures):
+    _, lines, _ = ask("--json", pictures)
+    answers = [json.loads(line) for line in lines]
+    assert [answer["classes"][0]["class"] for answer in answers] == ["red", "green", "blue"]
+    assert sum(guess["probability"] for guess in answers[0]["classes"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_csv_is_a_table_with_a_header(ask, pictures):
+    odd = pictures / 'comma, "quote".png'
+    noisy(COLOURS["red"], 5).save(odd)
+    _, lines, _ = ask("--csv", "--top-k", 2, odd)
+    header, row = csv.reader(lines)
+    assert header == ["file", "class_1", "probability_1", "class_2", "probability_2"]
+    assert row[:2] == [str(odd), "red"] and 1 / 3 < float(row[2]) <= 1
+
+
+def test_class_names_steer_no_spreadsheet_either(ask, pictures, colour_run, tmp_path):
+    checkpoint = read(colour_run / "best.pt")
+    save(tmp_path / "odd.pt", checkpoint | {"classes": ["=1+1", "+2", "@red"]})
+    _, lines, _ = ask("--csv", pictures / "a.png", "--checkpoint", tmp_path / "odd.pt")
+    assert sorted(list(csv.reader(lines))[1][1::2]) == ["'+2", "'=1+1", "'@red"]
+
+
+@pytest.fixture
+def table(ask, tmp_path, monkeypatch):
+    """Seven files, one of them bad, a table of which is stopped after the first four; asks for it again."""
+    for number in range(7):
+        noisy(list(COLOURS.values())[number % 3], number).save(tmp_path / f"{number}.png")
+    (tmp_path / "5.png").write_text("no picture")
+    of_all, seen = predict.classify_files, []
+
+    def stopped(*inputs, **more):
+        for answer in of_all(*inputs, **more):
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+            seen.append(answer.name)
+            yield answer
+
+    def counted(*inputs, **more):
+        for answer in of_all(*inputs, **more):
+            seen.append(answer.name)
+            yield answer
+
+    monkeypatch.setattr(predict, "classify_files", stopped)
+    status, _, errors = ask(tmp_path, "--csv", tmp_path / "out.csv")
+    assert status == 130 and "interrupted; with --csv FILE, the same command goes on from here" in errors
+    assert not (tmp_path / "out.csv").exists()
+    monkeypatch.setattr(predict, "classify_files", counted)
+
+    def again(*arguments: object) -> tuple[list[str], str, list[str]]:
+        """The pictures that were looked at now, what was said of it, and the table."""
+        seen.clear()
+        status, lines, errors = ask(tmp_path, "--csv", tmp_path / "out.csv", *arguments)
+        assert status == 1 and lines == [str(tmp_path / "out.csv")] and not list(tmp_path.glob("*.jsonl"))
+        assert errors.endswith(f"predict.py: {tmp_path / '5.png'}: not a picture that Pillow can read\n")
+        return [name[-5] for name in seen], errors, (tmp_path / "out.csv").read_text().splitlines()
+
+    return again
+
+
+def test_a_stopped_table_goes_on(ask, table, tmp_path):
+    seen, errors, lines = table()
+    assert seen == ["4", "5", "6"] and "out.csv: 4 of 7 files are done already\n" in errors
+    assert lines == ask(tmp_path, "--csv")[1] and len(lines) == 7
+    assert [row[1] for row in csv.reader(lines[1:])] == [list(COLOURS)[number % 3] for number in (0, 1, 2, 3, 4, 6)]
+
+
+@pytest.mark.parametrize("what", ["top-k", "tta", "checkpoint", "pictures"])
+def test_answers_of_another_table_are_not_used(what, table, tmp_path, colour_run):
+    save(tmp_path / "other.pt", read(colour_run / "best.pt") | {"epoch": 99})
+    if what == "pictures":
+        noisy(COLOURS["red"], 8).save(tmp_path / "0b.png")
+    more = {"top-k": ["--top-k", 1], "tta": ["--tta", "shift"], "checkpoint": ["--checkpoint", tmp_path / "other.pt"]}
+    seen, errors, lines = table(*more.get(what, ()))
+    assert len(seen) == 7 + (what == "pictures") and "of another table, done anew" in errors
+    assert len(lines) == len(seen)
+
+
+def test_a_file_of_ones_own_is_not_overwritten_by_answers(ask, pictures):
+    (pictures / "out.csv.0.jsonl").write_text("mine")
+    status, _, errors = ask(pictures, "--csv", pictures / "out.csv")
+    assert status == 1 and "holds something else" in errors and errors.count("\n") == 1
+    assert (pictures / "out.csv.0.jsonl").read_text() == "mine" and not (pictures / "out.csv").exists()
+
+
+def test_what_follows_csv_is_a_file_to_write_or_the_first_picture(ask, pictures):
+    table = pictures / "table.CSV"
+    _, printed, _ = ask("--csv", pictures)
+    assert len(printed) == 4 and not list(pictures.glob("*.CSV"))
+    assert ask("--csv", pictures / "b.JPG", pictures / "a.png")[1] == [printed[0], printed[2], printed[1]]
+    assert ask("--csv", table, pictures)[1] == [str(table)] and table.read_text().splitlines() == printed
+    assert ask(pictures, "--csv", table)[1] == [str(table)] and ask(pictures, "--csv")[1] == printed
+
+
+def test_standard_input(ask, monkeypatch):
+    content = io.BytesIO(as_bytes(noisy(COLOURS["blue"], 7)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
+    status, lines, _ = ask("-")
+    assert status == 0 and lines[0].startswith("-  blue ")
+
+
+def test_pictures_are_prepared_as_in_training(ask, colour_run, colour_folder):
+    """The percentages are those of the network on the training code's own batches."""
+    path = colour_folder / "test" / "green" / "03.png"
+    network, checkpoint = model.load(colour_run / "best.pt")
+    [_, test_set] = datasets.load(str(colour_folder), mean=checkpoint["mean"], std=checkpoint["std"])
+    batches = (batch.images for batch in test_set.batches(100))
+    expected = evaluation.outputs(network, batches, checkpoint["config"]["tta"]).softmax(1)
+    _, lines, _ = ask("--json", "--top-k", 3, path)
+    answer = {guess["class"]: guess["probability"] for guess in json.loads(lines[0])["classes"]}
+    mine = torch.tensor([answer[name] for name in checkpoint["classes"]])
+    assert (expected - mine).abs().sum(1).min() < 1e-4
+
+
+@pytest.mark.parametrize("tta", TTA)
+def test_views_of_pictures_can_be_chosen(tta, ask, pictures, colour_run):
+    network, checkpoint = model.load(colour_run / "best.pt")
+    checkpoint["config"]["tta"] = tta
+    expected = dict(predict.classify(pictures / "a.png", (network, checkpoint)))
+    [line] = ask("--json", "--tta", tta, pictures / "a.png")[1]
+    answer = {guess["class"]: guess["probability"] for guess in json.loads(line)["classes"]}
+    assert answer == pytest.approx(expected, abs=1e-5)
+    pixels, _ = read_picture(pictures / "a.png", predict.sizing(checkpoint))
+    image = torch.tensor(pixels).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        logits = evaluation.mean_of_views(network, normalize(image, checkpoint["mean"], checkpoint["std"]), tta)
+    shares = dict(zip(checkpoint["classes"], logits.softmax(1)[0].tolist(), strict=True))
+    assert expected == pytest.approx(shares, abs=1e-5)
+
+
+def test_networks_that_learned_one_hot_labels_answer_with_them(colour_run, pictures):
+    network, checkpoint = model.load(colour_run / "best.pt")
+    checkpoint["config"] |= {"loss": "mse", "tta": "none"}
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        logits = network(normalize(images, checkpoint["mean"], checkpoint["std"]))
+    found = predict.probabilities(network, checkpoint, images)
+    assert torch.allclose(found, losses.probabilities(logits, "mse"), atol=1e-5)
+
+
+def test_show_explains_each_picture_beside_it(ask, pictures):
+    status, lines, errors = ask(pictures, "--show", "--top-k", 2)
+    assert status == 0 and len(lines) == 3
+    assert f"explained: {pictures / 'a.explained.png'}" in errors.splitlines()
+    for name in ("a", "b.JPG", "inside/c.webp"):
+        explained = Image.open(pictures / f"{name}.explained.png")
+        assert explained.mode == "RGB" and explained.width > 900
+        seen = np.asarray(explained)[40:328, 20:308]
+        assert (
+            np.abs(
+                seen[::9, ::9].astype(int).mean((0, 1)) - COLOURS[{"a": "red", "b": "green", "i": "blue"}[name[0]]]
+            ).max()
+            < 12
+        )
+    assert len(ask(pictures)[1]) == 3  # explanations are not classified in their turn
+
+
+def test_the_checkpoints_resize_is_applied(ask, colour_run, tmp_path):
+    """The same network, told that its pictures are cut out of a larger middle, sees no rim any more."""
+    image = noisy((40, 200, 60), 0, (40, 40))
+    image.paste(noisy((220, 40, 30), 1, (40, 12)), (0, 0))
+    image.paste(noisy((220, 40, 30), 2, (40, 12)), (0, 28))
+    image.save(tmp_path / "a.png")
+    checkpoint = read(colour_run / "best.pt")
+    shares = []
+    for resize in (32, 128):
+        save(tmp_path / f"{resize}.pt", checkpoint | {"resize": resize})
+        [out] = ask(tmp_path / "a.png", "--json", "--checkpoint", tmp_path / f"{resize}.pt")[1]
+        guesses = {guess["class"]: guess["probability"] for guess in json.loads(out)["classes"]}
+        shares.append(guesses["green"])
+    assert shares[1] > shares[0] + 0.1  # the rim is red, the middle green
+    (tmp_path / "data" / "test" / "green").mkdir(parents=True)
+    (tmp_path / "a.png").rename(tmp_path / "data" / "test" / "green" / "a.png")
+    [out] = ask("--evaluate", tmp_path / "data", "--json", "--checkpoint", tmp_path / "128.pt")[1]
+    assert json.loads(out)["loss"] == pytest.approx(-np.log(shares[1]), abs=1e-3)
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_answered(ask, pictures):
+    (pictures / "empty.png").write_bytes(b"")
+    (pictures / "cut.png").write_bytes((pictures / "a.png").read_bytes()[:500])
+    status, lines, errors = ask(
+        pictures / "empty.png", pictures / "nowhere.png", pictures / "cut.png", pictures / "a.png"
+    )
+    assert status == 1 and len(lines) == 1 and lines[0].startswith(str(pictures / "a.png"))
+    reasons = [line.removeprefix(f"predict.py: {pictures}/") for line in errors.splitlines()]
+    assert reasons[0] == "empty.png: empty file"
+    assert reasons[1] == "nowhere.png: No such file or directory"
+    assert reasons[2].startswith("cut.png: ") and len(reasons) == 3
+
+
+def test_an_empty_folder_is_named(ask, tmp_path):
+    status, lines, errors = ask(tmp_path)
+    assert (status, lines) == (1, []) and errors == f"predict.py: {tmp_path}: no pictures in this folder\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give pictures or --evaluate DATA, one of them"),
+        (["a.png", "--evaluate", "shapes"], "give pictures or --evaluate DATA, one of them"),
+        (["a.png", "--top-k", "0"], "--top-k 0: must be at least 1"),
+        (["a.png", "--json", "--csv"], "not allowed with argument"),
+        (["--evaluate", "shapes", "--csv"], "--csv: an evaluation is printed as text or with --json"),
+        (["-", "--csv", "a.csv"], "--csv a.csv: standard input cannot be read again after a stop"),
+        (["--evaluate", "shapes", "--show"], "--show: it explains pictures, not an evaluation"),
+        (["a.png", "--checkpiont", "x"], "unknown flag --checkpiont; did you mean --checkpoint?"),
+        (["a.png", "--device", "cuda:99"], "no device 'cuda:99' here"),
+    ],
+)
+def test_wrong_calls_end_in_one_line_and_status_2(arguments, message, capsys):
+    status = predict.cli(arguments)
+    output = capsys.readouterr()
+    assert status == 2 and message in output.err and output.err.count("\n") == 1 and not output.out
+
+
+def test_a_missing_or_broken_checkpoint_is_named(tmp_path, capsys):
+    assert predict.cli(["a.png", "--checkpoint", str(tmp_path / "no.pt")]) == 1
+    assert capsys.readouterr().err == f"predict.py: {tmp_path / 'no.pt'}: no such checkpoint\n"
+    (tmp_path / "bad.pt").write_text("hello")
+    assert predict.cli(["a.png", "--checkpoint", str(tmp_path / "bad.pt")]) == 1
+    assert capsys.readouterr().err == f"predict.py: {tmp_path / 'bad.pt'}: not a whole checkpoint of train.py\n"
+
+
+def test_the_newest_run_is_asked_by_default(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("old", "new")):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+        best = tmp_path / "logs" / name / "best.pt"
+        best.write_bytes((run / "best.pt").read_bytes())
+        os.utime(best, (1e9 + number, 1e9 + number))
+    Image.new("RGB", (32, 32)).save("a.png")
+    assert predict.cli(["a.png"]) == 0
+    assert "checkpoint: logs/new/best.pt" in capsys.readouterr().err.replace("\\", "/")
+
+
+def test_the_shipped_weights_serve_where_there_is_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "__file__", str(tmp_path / "predict.py"))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*: run `python train.py` first"):
+        predict.newest_checkpoint(tmp_path / "logs")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "small.pt").write_bytes(b"")
+    assert predict.newest_checkpoint(tmp_path / "logs") == tmp_path / "weights" / "small.pt"
+
+
+def test_the_shipped_weights_are_those_of_the_default_config():
+    path = ROOT / "weights" / "cifar_quick.pt"
+    network, checkpoint = model.load(path)
+    assert path.stat().st_size < 1e6 and sum(p.numel() for p in network.parameters()) == 145_770
+    assert checkpoint["classes"] == CLASSES and checkpoint["metrics"]["test_accuracy"] > 0.8
+    wanted = vars(parse_config(Parser(), [])[0])
+    differ = {key for key, value in checkpoint["config"].items() if value != wanted[key]}
+    assert differ <= {"data", "image_size", "resize", "interpolation", "mean", "std", "run_name"}
+
+
+# ---- names of strangers ----
+
+
+def test_names_steer_neither_terminals_nor_spreadsheets(ask, tmp_path, monkeypatch):
+    names = ["=1+1.png", "+a.png", "-b.png", "@c.png", "d\x1b[2J.png", 'e,"f.png']
+    for name in names:
+        noisy(COLOURS["red"], 1).save(tmp_path / name)
+    (tmp_path / "g\x07.png").write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path)
+    status, lines, errors = ask(*names[:2], "./-b.png", *names[3:], "g\x07.png", "--csv")
+    assert status == 1 and errors.startswith("predict.py: g\\x07.png: ") and errors[:-1].isprintable()
+    cells = [row[0] for row in csv.reader(lines[1:])]
+    assert cells == ["'=1+1.png", "'+a.png", "./-b.png", "'@c.png", "d\\x1b[2J.png", 'e,"f.png']
+    _, lines, _ = ask(tmp_path)
+    assert len(lines) == 6 and all(line.isprintable() for line in lines)
+    _, lines, _ = ask(tmp_path, "--json")
+    assert {json.loads(line)["file"] for line in lines} == {str(tmp_path / name) for name in names}
+    assert all(line.isprintable() for line in lines)
+
+
+# ---- evaluation ----
+
+
+def test_evaluation_gives_the_figures_of_training(run, capsys):
+    checkpoint = torch.load(run / "best.pt", weights_only=True)
+    assert predict.cli(["--evaluate", "shapes", "--checkpoint", str(run / "best.pt"), "--device", "cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["accuracy"] == checkpoint["metrics"]["test_accuracy"]
+    assert result["loss"] == pytest.approx(checkpoint["metrics"]["test_loss"], abs=1e-5)
+    assert result["pictures"] == 1000 and [sum(row) for row in result["confusion"]] == [100] * 10
+    assert result["classes"]["ring"] == result["confusion"][6][6] / 100
+
+
+def test_evaluation_prints_a_table(ask, colour_folder):
+    status, lines, _ = ask("--evaluate", colour_folder)
+    assert status == 0 and "accuracy 100.00%" in lines[0] and "18 test pictures" in lines[0]
+    assert [line.split() for line in lines[3:]] == [
+        ["0", "blue", "100.0%", "6", "0", "0"],
+        ["1", "green", "100.0%", "0", "6", "0"],
+        ["2", "red", "100.0%", "0", "0", "6"],
+    ]
+
+
+def test_classes_are_matched_by_name(ask, tmp_path):
+    for name in ("green", "red"):  # other places than in the checkpoint
+        (tmp_path / "test" / name).mkdir(parents=True)
+        noisy(COLOURS[name], 1).save(tmp_path / "test" / name / "1.png")
+    _, lines, _ = ask("--evaluate", tmp_path)
+    assert "accuracy 100.00%" in lines[0] and lines[3].split()[:3] == ["0", "blue", "-"]
+    (tmp_path / "test" / "yellow").mkdir()
+    noisy((250, 250, 0), 1).save(tmp_path / "test" / "yellow" / "1.png")
+    status, _, errors = ask("--evaluate", tmp_path)
+    assert status == 1 and "does not know class 'yellow'" in errors
+
+
+def test_evaluation_of_nothing(ask):
+    assert ask("--evaluate", "nowhere")[0] == 1

@@ -24,7 +24,7 @@ def wrong_training(checkpoint: dict, config: Config) -> str | None:
         return "has parts that do not belong together"
     if len(training["history"]) != checkpoint["epoch"]:
         return "has parts that do not belong together"
-    if wrong_history(training["history"]):
+    if not is_history(training["history"]):
         return "has a history with impossible values"
     numbers, confidences = [training["step"], training["pictures"]], [training["confidence"]]
     if not all(type(number) is int for number in numbers):
@@ -51,8 +51,8 @@ def wrong_training(checkpoint: dict, config: Config) -> str | None:
     return None
 
 
-def wrong_history(epochs: object) -> str | None:
-    """What is wrong with the epochs that a stranger's checkpoint tells of, in words; None when nothing is."""
+def is_history(epochs: object) -> bool:
+    """Whether these are the metrics of epochs 1, 2, 3 ..., each with all that a run needs, in finite numbers."""
     try:
         numbers = ["epoch", "step", "lr", "train_loss", "train_accuracy"]
         if epochs:
@@ -60,13 +60,12 @@ def wrong_history(epochs: object) -> str | None:
             numbers += [f"{split}_loss", f"{split}_accuracy"]
         for number, metrics in enumerate(epochs, 1):
             values = [metrics[name] for name in numbers]
-            if not is_plain(metrics) or not all(isinstance(value, int | float) for value in values):
-                return "its history holds impossible values"
-            if metrics["epoch"] != number or not all(map(math.isfinite, values)):
-                return "its history holds impossible values"
+            are_finite = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+            if not (are_finite and is_plain(metrics) and metrics["epoch"] == number):
+                return False
     except (KeyError, TypeError, AttributeError, IndexError):
-        return "its history holds impossible values"
-    return None
+        return False
+    return True
 
 
 def check_momentum(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -128,9 +128,8 @@ class RunFolder:
     def save_epoch(self, state: TrainState, *, is_best: bool, keep: int, line: str) -> None:
         """Write what a finished epoch leaves, then print its `line`; the large files in the background.
 
-        The epoch's own checkpoint is written last: if the process is killed before that, the
-        resumed run repeats the epoch. best.pt
-        is without what only resuming needs.
+        The epoch's own checkpoint is written last: if the process is killed before that, the resumed run repeats the
+        epoch. best.pt is without what only resuming needs.
         """
         self.finish_writing()
         self.attempt("TensorBoard's events", self.board.flush)
@@ -164,7 +163,7 @@ class RunFolder:
         where = "after its steps" if totals.step == totals.steps else f"step {totals.step}"
         how = "from there, to the same result" if saved else "from the checkpoint before"
         with contextlib.suppress(OSError):
-            log.warning(f"train.py: interrupted in epoch {len(state.history) + 1}, {where}; this goes on {how}:")
+            log.warning(f"train.py: interrupted in epoch {state.epoch}, {where}; this goes on {how}:")
             print(f"python train.py --resume {quoted(self.path)}", flush=True)
 
     def load_best(self, state: TrainState) -> dict | None:

@@ -13,7 +13,7 @@ from quick.cli import flag, log, quoted
 from quick.data.pictures import Pictures
 from quick.errors import CheckpointError, ConfigError, DataError, reason, suggestion
 from quick.processes import Group
-from quick.run.checks import OTHER_VERSION, check_momentum, wrong_history, wrong_training
+from quick.run.checks import OTHER_VERSION, check_momentum, is_history, wrong_training
 from quick.run.config import check_together, checked, read_config, resolve
 from quick.run.folder import INTERRUPTED, RunFolder, epoch_file, is_empty, job_line
 from quick.run.history import History
@@ -118,7 +118,7 @@ def is_unfinished(folder: Path, given: dict) -> bool:
         return True
     except (ConfigError, OSError, ValueError):
         return False  # of another version, or damaged: it has to be named
-    if wrong_history(epochs) or (epochs and "ended" in epochs[-1]):  # the latter of an earlier version
+    if not is_history(epochs) or (epochs and "ended" in epochs[-1]):  # the latter of an earlier version
         return False
     # A process that was killed may not have written the last epoch's checkpoint, and then does that epoch again.
     is_whole = (folder / epoch_file(len(epochs))).exists()
@@ -240,7 +240,7 @@ def restore(
             state.load_state_dict(training)
         except Exception as error:  # a stranger's file can hold anything
             raise CheckpointError(f"{start.folder}: its training cannot go on: {reason(error)}") from error
-        where = f"goes on in epoch {len(state.history) + 1}"
+        where = f"goes on in epoch {state.epoch}"
         if state.history.ended_by(config):
             where = "is finished"
         elif state.totals:

@@ -24,7 +24,7 @@ from quick.answers import Answer, print_answers, print_evaluation, write_table
 from quick.checkpoints import TTA, write_file
 from quick.cli import Parser, exit_script, log, run_script
 from quick.data.decoding import Sizing, read_picture
-from quick.data.folders import list_pictures
+from quick.data.listing import list_pictures
 from quick.data.pictures import evaluation_batch, normalize
 from quick.data.streaming import decode_files
 from quick.errors import CheckpointError, DataError, printable

@@ -24,7 +24,7 @@ from PIL import Image
 
 import datasets
 from quick.data.augment import Augment
-from quick.data.folders import find_files
+from quick.data.listing import find_files
 from quick.data.streaming import decoder
 
 

@@ -13,7 +13,7 @@ from conftest import COLOURS, noisy
 import datasets
 import predict
 import train
-from quick.data.folders import hash_fraction
+from quick.data.listing import hash_fraction
 from quick.data.pictures import Pictures, denormalize
 from quick.errors import DataError
 

@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import datasets
+from quick.data import doctor
 from quick.data.augment import Augment
 from quick.data.pictures import denormalize
 from quick.errors import DataError, LimitError
@@ -63,10 +64,10 @@ def test_copies_of_training_pictures_in_the_test_set_are_found(colour_folder, tm
     shutil.copytree(colour_folder, tmp_path / "c")
     for number, path in enumerate((tmp_path / "c" / "test").glob("*/*.png")):
         noisy((128, 128, 128), 900 + number).save(path)
-    assert datasets.duplicates(*datasets.load(str(tmp_path / "c"))) == []
+    assert doctor.duplicates(*datasets.load(str(tmp_path / "c"))) == []
     copy = tmp_path / "c" / "test" / "red" / "copy.png"
     shutil.copy(tmp_path / "c" / "train" / "blue" / "07.png", copy)
-    pairs = datasets.duplicates(*datasets.load(str(tmp_path / "c")))
+    pairs = doctor.duplicates(*datasets.load(str(tmp_path / "c")))
     assert pairs == [(str(copy), str(tmp_path / "c" / "train" / "blue" / "07.png"))]
 
 

@@ -1,0 +1,60 @@
+"""The doctor of a data set: what is in it, what is wrong with it, and which pictures are there twice."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from quick.data.pictures import Pictures
+from quick.data.stores import Enlarged
+from quick.data.streaming import free_memory
+from quick.errors import printable
+
+
+def describe(sets: list[Pictures]) -> str:
+    """Pictures a class and split, sizes, memory, copies, and the mean and std to paste into a config."""
+    classes = sets[0].classes
+    width = max(len(name) for name in [*classes, "class"])
+    lines = [f"{'class':{width}}" + "".join(f"{pictures.split:>10}" for pictures in sets)]
+    counts = [torch.bincount(pictures.labels.cpu(), minlength=len(classes)).tolist() for pictures in sets]
+    for name, *of_class in zip(classes, *counts, strict=True):
+        lines.append(f"{name:{width}}" + "".join(f"{count:>10,}" for count in of_class))
+    lines.append(f"{'total':{width}}" + "".join(f"{len(pictures):>10,}" for pictures in sets))
+
+    sizes = sorted({size for pictures in sets for size in pictures.file_sizes}, key=math.prod)
+    found = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
+    lines.append(f"\nfiles     {found} pixels; the network gets {sets[0].side} x {sets[0].side}")
+    bad = {path for pictures in sets for path, _ in pictures.bad}  # a validation set shares training's list and store
+    lines.append(f"bad       {len(bad)} files left out")
+    taken = sum({id(pictures.store): pictures.store.nbytes for pictures in sets}.values())
+    share = f"{taken / 1e6:,.1f} MB, {taken / (free_memory(sets[0].labels.device) + taken):.1%} of what is free"
+    lines.append(f"memory    {share if taken else 'streamed from the files: they do not fit'}")
+    for pictures in sets[1:]:
+        copies = duplicates(sets[0], pictures)
+        example = f", first {printable(' = '.join(copies[0]))}" if copies else ""
+        lines.append(f"copies    {len(copies)} {pictures.split} pictures are in {sets[0].split} too{example}")
+    lines.append("")
+
+    for name, values in (("mean", sets[0].mean), ("std", sets[0].std)):
+        lines.append(f"{name} = [{', '.join(f'{value:.4f}' for value in values)}]")
+    return "\n".join(lines)
+
+
+def duplicates(train_set: Pictures, test_set: Pictures) -> list[tuple[str, str]]:
+    """Test pictures that are training pictures too, to the byte: pairs of file names, or of places in the sets."""
+
+    def hashes(pictures: Pictures) -> Iterator[tuple[bytes, str]]:
+        if pictures.paths is None:
+            store = pictures.store.small if isinstance(pictures.store, Enlarged) else pictures.store
+            rows = enumerate(range(len(pictures)) if pictures.rows is None else pictures.rows.tolist())
+            named = ((f"number {place}", store.images[row].cpu().numpy().tobytes()) for place, row in rows)
+        else:
+            named = ((path, Path(path).read_bytes()) for path in map(os.fsdecode, pictures.paths))
+        for name, content in named:
+            yield hashlib.md5(content, usedforsecurity=False).digest(), name
+
+    seen = dict(hashes(train_set))
+    return [(name, seen[digest]) for digest, name in hashes(test_set) if digest in seen]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quick.cli import Parser, exit_script, run_script
+from quick.cli import Parser, exit_script, log, quoted, run_script
 from quick.data.augment import Augment
 from quick.data.cifar10 import cifar10
 from quick.data.decoding import Sizing, read_picture
@@ -23,7 +23,7 @@ from quick.data.listing import find_files
 from quick.data.pictures import Pictures, normalize
 from quick.data.shapes import shapes
 from quick.data.stores import resized
-from quick.data.streaming import cores
+from quick.data.streaming import Budget, cores
 from quick.errors import DataError
 from quick.processes import ALONE, Group
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Augment", "load", "normalize", "read_picture"]  # for notebooks: `import datasets`
 
-FLAGS = ("data", "data_dir", "data_url", "image_size", "resize", "interpolation", "limit", "val_fraction", "strict")
-FLAGS += ("workers", "memory_share", *(key.name for key in fields(Augment)))
+FLAGS = ("data", "data_dir", "data_url", "image_size", "resize", "interpolation", "levels", "limit", "val_fraction")
+FLAGS += ("strict", "workers", "memory_share", *(key.name for key in fields(Augment)))
 
 
 def load(
@@ -52,45 +52,60 @@ def load(
     memory_share: float = 0.4,
     resize: int = 0,
     interpolation: str = "bilinear",
+    levels: Sequence[float] | None = None,
     group: Group = ALONE,
 ) -> list[Pictures]:
     """Load the sets of `cifar10`, `shapes`, or a folder of pictures: one for each of `splits`, in that order.
 
+    Splits are train, test, and of a folder that has them both beside train/ also val; "whole" is all of a folder that
+    can be tested (`test/`, else `val/`, else every class); no splits stand for all that training needs.
+
     Pictures become squares as `Sizing(image_size, resize, interpolation)` says. `limit` takes the first pictures of
     each split, with the classes as even as possible (0: all). All sets are normalised by `mean` and `std`, a number for
-    each channel of pixels in [0, 1]; without them by those of the first set. CIFAR-10 is looked for under `data_dir`,
-    and downloaded to it from its known mirrors, or from `data_url`, if it is not there.
+    each channel of pixels in [0, 1]; without them by those of the first set. Of pixels wider than 8 bits the two
+    `levels` become black and white: None finds them in the first set, () takes those of the type. CIFAR-10 is looked
+    for under `data_dir`, and downloaded to it from its known mirrors, or from `data_url`, if it is not there.
 
-    Of a folder without `train/`, `val_fraction` (0.2 if it is 0) is held out. Bad files are named on standard error and
-    left out, or refused if `strict`. A folder is kept in memory if it takes at most `memory_share` of what is free, and
-    else streamed by `workers` processes (-1: one a core). Each process of a group reads its shard of the files.
+    Of a folder without `test/` and `val/`, about `val_fraction` (0.2 if it is 0) is held out. Bad files are named on
+    standard error and left out, or refused if `strict`. A folder is kept in memory if it takes at most `memory_share`
+    of what is free, and else streamed by `workers` processes (-1: one a core). Each process of a group reads its shard
+    of the files.
 
     Raises DataError for data that are missing or damaged, LimitError where `limit` is below the number of classes.
     """
-    device, sizing = torch.device(device), Sizing(image_size, resize, interpolation)
+    device = torch.device(device)
+    sizing = Sizing(image_size, resize, interpolation, tuple(levels) if levels else None)
     if data in ("cifar10", "shapes") and not set(splits) <= {"train", "test"}:
         raise DataError(f"{data} has the splits train and test, not {', '.join(splits)}")
+    if data in ("cifar10", "shapes") and Path(data).is_dir():
+        log.info(f"{data}: the built-in set, not the folder of that name here, which is ./{data}")
+    if data in ("cifar10", "shapes"):
+        splits = splits or ("train", "test")
     if data == "cifar10":
         sets = [cifar10(Path(data_dir), split, data_url, limit) for split in splits]
     elif data == "shapes":
         sets = [shapes(split, limit=limit) for split in splits]
-    elif Path(data).is_dir():
-        listings = group.from_rank0(lambda: find_files(Path(data), splits, val_fraction or 0.2))
-        sets = [
-            read_files(
+    elif data and Path(data).is_dir():
+        budget = Budget(device, memory_share, group)
+        listings = group.from_rank0(lambda: find_files(Path(data), splits, val_fraction))
+        splits = splits or list(listings)
+        sets = []
+        for split in splits:
+            pictures = read_files(
                 listings[split],
                 sizing,
                 limit=limit,
                 device=device,
                 workers=math.ceil(cores() / group.local_size) if workers < 0 else workers,
-                memory_share=memory_share,
+                budget=budget,
                 strict=strict,
+                find_levels=levels is None and not sets,
                 group=group,
             )
-            for split in splits
-        ]
+            sets.append(pictures)
+            sizing = sizing._replace(levels=sets[0].levels)
     else:
-        raise DataError(f"no data {data!r}: neither cifar10 nor shapes nor a folder of pictures")
+        raise DataError(f"no data '{data}': neither cifar10 nor shapes nor a folder of pictures")
     for pictures in sets:
         if data in ("cifar10", "shapes"):  # 32 x 32 pixels, on the CPU
             if (image_size, resize or image_size) != (32, 32):
@@ -101,12 +116,12 @@ def load(
 
 
 def load_sets(config: "Config", device: torch.device | str = "cpu", group: Group = ALONE) -> list[Pictures]:
-    """The sets that a config asks for: training and test; with `val_fraction` training, validation and test.
+    """The sets that a config asks for: training, validation and test, or without one of these two.
 
-    The validation set is held out of training, and a folder without `train/` has no other test set. Raises what `load`
-    raises.
+    `val_fraction` of the training pictures become the validation set. Without it that is a folder's `val/`; a folder
+    without splits has no test set. Raises what `load` raises.
     """
-    train_set, test_set = load(
+    train_set, *others = load(
         config.data,
         config.data_dir,
         config.image_size,
@@ -114,6 +129,7 @@ def load_sets(config: "Config", device: torch.device | str = "cpu", group: Group
         device=device,
         mean=config.mean,
         std=config.std,
+        splits=(),
         data_url=config.data_url,
         val_fraction=config.val_fraction,
         strict=config.strict,
@@ -121,11 +137,12 @@ def load_sets(config: "Config", device: torch.device | str = "cpu", group: Group
         memory_share=config.memory_share,
         resize=config.resize,
         interpolation=config.interpolation,
+        levels=config.levels or None,
         group=group,
     )
-    if not config.val_fraction or test_set.split == "val":
-        return [train_set, test_set]
-    return [*train_set.hold_out(config.val_fraction, config.seed), test_set]
+    if not config.val_fraction or others[0].split == "val":
+        return [train_set, *others]
+    return [*train_set.hold_out(config.val_fraction, config.seed, Path(config.data)), *others]
 
 
 # ---- the doctor ------------------------------------------------------------------------------------------------------
@@ -142,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     print(describe(sets))
     if args.log_dir:
         write_samples(Path(args.log_dir), sets[0], config)
-        print(f"tensorboard --logdir {args.log_dir}")
+        print(f"tensorboard --logdir {quoted(args.log_dir)}")
 
 
 def write_samples(log_dir: Path, train_set: Pictures, config: "Config") -> None:

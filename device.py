@@ -196,7 +196,7 @@ def why(device: torch.device, precision: torch.dtype) -> tuple[str, str]:
 def try_out(device: torch.device, precision: torch.dtype) -> float:
     """The milliseconds of one CIFAR-sized convolution, forward and backward, after a warm-up.
 
-    Raises RuntimeError when the gradient is not finite.
+    Raises DeviceError when the gradient is not finite.
     """
     layout = memory_format(device)
     images = torch.rand(64, 3, 32, 32, device=device).to(memory_format=layout)
@@ -208,7 +208,7 @@ def try_out(device: torch.device, precision: torch.dtype) -> float:
         total.backward()
         gradient = convolution.weight.grad.sum().item()  # .item() waits for the device
     if not np.isfinite(gradient):
-        raise RuntimeError(f"the convolution's gradient on {device} is {gradient}")
+        raise DeviceError(f"the convolution's gradient on {device} is {gradient}; take another --device or --precision")
     return 1000 * (time.perf_counter() - start)
 
 

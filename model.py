@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quick.checkpoints import read
-from quick.cli import Parser, exit_script, flag, run_script
-from quick.errors import CheckpointError, ConfigError, NetworkError, reason, suggestion
+from quick.checkpoints import MOST_OUTPUTS, read
+from quick.cli import Parser, exit_script, flag, quoted, run_script
+from quick.errors import CheckpointError, ConfigError, NetworkError, out_of_memory, reason, suggestion
 from quick.nets.activations import ACTIVATIONS
-from quick.nets.checking import check_network
+from quick.nets.checking import check_loaded, check_network
 from quick.nets.export import cannot_write, export
 from quick.nets.pretrained import from_torchvision, imagenet_checkpoint, torchvision_names
 from quick.nets.summary import describe, listing, table, write_graph
-from quick.nets.transfer import Appended, misfits, transfer_weights
+from quick.nets.transfer import Appended, drop_auxiliary, misfits, transfer_weights
 
 if TYPE_CHECKING:
     from quick.run.settings import Config
@@ -197,20 +197,18 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     The file is read without running code from it (`weights_only=True`). Raises CheckpointError for a file that is
     missing, damaged, of another kind or format, or whose weights do not fit its network.
     """
-    checkpoint = read(path, device)
+    checkpoint = read(path)
     try:
         network = create_empty(checkpoint["model"]["name"], checkpoint["model"]["options"]).eval()
+        drop_auxiliary(checkpoint["state_dict"], network.state_dict())
         if misfit := misfits(network.state_dict(), checkpoint["state_dict"]):
             raise ValueError(misfit)
         network.load_state_dict(checkpoint["state_dict"], assign=True)  # these tensors become the weights, uncopied
         network.to(device, torch.float32)
-        with torch.inference_mode():
-            logits = network(torch.zeros(1, 3, checkpoint["image_size"], checkpoint["image_size"], device=device))
-        if logits.shape != (1, len(checkpoint["classes"])):
-            raise ValueError(f"{len(checkpoint['classes'])} classes, but {logits.shape[-1]} outputs")
-        if not logits.isfinite().all():
-            raise ValueError("its answers are not finite numbers")
+        check_loaded(network, checkpoint["image_size"], len(checkpoint["classes"]))
     except Exception as error:  # a stranger's file can hold anything
+        if out_of_memory(error):
+            raise
         raise CheckpointError(f"{path}: its weights and its network do not fit: {reason(error, 400)}") from error
     return network, checkpoint
 
@@ -245,7 +243,7 @@ def pretrained(source: str, name: str) -> dict:
     checkpoint = read(source)
     found = checkpoint["model"]["name"]
     if found != name:
-        raise NetworkError(f"--weights {source}: it holds {found}, not {name}; add --model {found}")
+        raise NetworkError(f"--weights {source}: it holds {found}, not {name}; add {flag('model', found)}")
     return checkpoint
 
 
@@ -263,8 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, metavar="OUT", help="write --checkpoint as .pt2 (torch.export) or .onnx")
     config, _, args = parse_config(parser, argv, ("model", "image_size", *OPTIONS))
     image_size = config.image_size or 32
-    if args.classes < 1:
-        parser.error(f"--classes {args.classes}: must be at least 1")
+    if not 1 <= args.classes <= MOST_OUTPUTS:
+        parser.error(f"--classes {args.classes}: must be at least 1, at most {MOST_OUTPUTS}")
     if args.export and not args.checkpoint:
         parser.error("--export: give --checkpoint FILE too")
     if args.export and (error := cannot_write(args.export)):
@@ -273,8 +271,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         print(listing(NETWORKS))
     elif args.export:
-        export(*load(args.checkpoint), args.checkpoint, args.export)
-        print(f"{args.export}: {args.export.stat().st_size / 1e6:,.1f} MB, gives the network's own answers")
+        checked = export(*load(args.checkpoint), args.checkpoint, args.export)
+        answers = ", gives the network's own answers" if checked else ""
+        print(f"{args.export}: {args.export.stat().st_size / 1e6:,.1f} MB{answers}")
     elif args.checkpoint:
         print(describe(args.checkpoint, *load(args.checkpoint)))
     else:
@@ -289,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
 
             with SummaryWriter(args.log_dir) as writer:
                 write_graph(writer, network, torch.zeros(1, 3, image_size, image_size))
-            print(f"tensorboard --logdir {args.log_dir}")
+            print(f"tensorboard --logdir {quoted(args.log_dir)}")
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -22,18 +22,20 @@ import model
 from device import memory_format, pick
 from quick.answers import Answer, print_answers, print_evaluation, write_table
 from quick.checkpoints import TTA, write_file
-from quick.cli import Parser, exit_script, log, run_script
+from quick.cli import Parser, exit_script, expanded, log, run_script
+from quick.data.asked import find_pictures, is_same_folder, why_unreadable
 from quick.data.decoding import Sizing, read_picture
-from quick.data.listing import list_pictures
 from quick.data.pictures import evaluation_batch, normalize
 from quick.data.streaming import decode_files
-from quick.errors import CheckpointError, DataError, printable
+from quick.data.tree import EXPLAINED
+from quick.errors import CheckpointError, DataError, composed, printable
 from quick.nets import losses
 from quick.processes import ALONE, Group
 from quick.run import evaluation
-from quick.views import drawing, insight
+from quick.views import drawing, fonts, insight
 
-EXPLAINED = ".explained.png"  # how the names of the pictures end that --show writes
+BUILT_IN = ("cifar10", "shapes")
+NOT_FINITE = "the network's outputs for it are not finite numbers"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with Group() as group:
         device = pick(args.device, group)
-        path = args.checkpoint or group.from_rank0(newest_checkpoint)
+        path = Path(args.checkpoint) if args.checkpoint else group.from_rank0(newest_checkpoint)
         network, checkpoint = model.load(path, device)
         network = network.to(memory_format=memory_format(device))
         checksum = zlib.crc32(path.read_bytes()) if args.csv or group.size > 1 else 0
@@ -55,17 +57,24 @@ def main(argv: list[str] | None = None) -> int:
         if args.evaluate:
             result = evaluate(args.evaluate, args.data_dir, network, checkpoint, device=device, group=group)
             if args.form == "json":
-                print(json.dumps(result))
+                print(json.dumps(result, allow_nan=False))
             else:
                 print_evaluation(result, checkpoint["classes"], losses.METRICS)
             return 0
 
         top_k = min(args.top_k, len(checkpoint["classes"]))
 
+        refused = set()  # folders that took no explanation: one line for each will do
+
         def answer(names: Sequence[str]) -> Iterator[Answer]:
             for found in classify_files(names, network, checkpoint, top_k=top_k, group=group):
-                if args.show and found.top is not None:
-                    explain(found, network, checkpoint)
+                folder = Path(found.name).parent
+                if args.show and found.top is not None and folder not in refused:
+                    try:
+                        explain(found, network, checkpoint)
+                    except OSError as error:
+                        refused.add(folder)
+                        found = found._replace(error=f"no explanations there: {error.filename}: {error.strerror}")
                 yield found
 
         names = group.from_rank0(lambda: list(find_pictures(args.pictures)))
@@ -79,16 +88,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line's flags; raises CallError."""
     parser = Parser(description=__doc__)
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files, folders, or - for standard input")
-    parser.add_argument("--evaluate", metavar="DATA", help="measure on the test set of cifar10, shapes or a folder")
+    parser.add_argument("--evaluate", metavar="DATA", help="measure on the test set of cifar10 or shapes, or a folder")
     parser.add_argument("--data-dir", default="data", help="where downloads live (default: data)")
-    parser.add_argument("--checkpoint", type=Path, help="default: the newest run's best.pt, else the one in weights/")
-    parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes a picture (default: 3)")
+    parser.add_argument("--checkpoint", type=expanded, help="default: the newest run's best.pt, else that in weights/")
+    parser.add_argument("--top-k", type=int, metavar="K", help="classes a picture (default: 3)")
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--json", dest="form", action="store_const", const="json", help="a JSON object a line")
     forms.add_argument(
         "--csv",
         nargs="?",
-        const="",
+        const=True,
         metavar="FILE",
         help="a table with a header; with a FILE, whose name ends in .csv, a stopped run goes on where it was, and "
         "torchrun can share the work",
@@ -97,12 +106,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tta", choices=TTA, help="test-time augmentation; default: as in training")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     args = parser.parse_args(argv)
-    if args.csv is not None:
-        args.form = "csv"
+    if "" in [*args.pictures, args.evaluate, args.csv, args.data_dir]:
+        parser.error("a name is empty; give one of a file or folder")
+    if args.csv:
+        args.form, args.csv = "csv", "" if args.csv is True else expanded(args.csv)
         if args.csv and not args.csv.lower().endswith(".csv"):  # not a file to write: the first picture
             args.pictures, args.csv = [args.csv, *args.pictures], ""
     if bool(args.pictures) == bool(args.evaluate):
         parser.error("give pictures or --evaluate DATA, one of them (--help tells more)")
+    args.pictures, args.evaluate = list(map(expanded, args.pictures)), args.evaluate and expanded(args.evaluate)
+    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).absolute().parent.is_dir()):
+        parser.error(f"--csv {args.csv}: that is a folder, or in a folder that is not there")
     if args.csv and "-" in args.pictures:
         parser.error(f"--csv {args.csv}: standard input cannot be read again after a stop; use --csv without a file")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.pictures and not args.csv:
@@ -111,6 +125,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--csv: an evaluation is printed as text or with --json")
     if args.evaluate and args.show:
         parser.error("--show: it explains pictures, not an evaluation")
+    if args.evaluate and args.top_k is not None:
+        parser.error("--top-k: an evaluation counts the most probable class alone")
+    args.top_k = 3 if args.top_k is None else args.top_k
     if args.top_k < 1:
         parser.error(f"--top-k {args.top_k}: must be at least 1")
     return args
@@ -137,7 +154,7 @@ def classify(
 
     `image` is a file, a Pillow picture of any mode, or pixels of any size: uint8 `(H, W, 3)`, or `(3, H, W)` in a
     Tensor. `loaded` is what `model.load` returns; without it the checkpoint that `newest_checkpoint` finds is loaded in
-    each call. Raises DataError for what is no picture, CheckpointError.
+    each call. Raises DataError for what is no picture, or where the outputs are not finite numbers; CheckpointError.
     """
     network, checkpoint = loaded or model.load(newest_checkpoint())
     if isinstance(image, Tensor):
@@ -149,6 +166,8 @@ def classify(
     pixels, _ = read_picture(image, sizing(checkpoint))
     images = torch.tensor(pixels).permute(2, 0, 1)[None].to(next(network.parameters()).device)
     best = probabilities(network, checkpoint, images)[0].topk(min(top_k, len(checkpoint["classes"])))
+    if best.values.isnan().any():
+        raise DataError(NOT_FINITE)
     names = [checkpoint["classes"][index] for index in best.indices.tolist()]
     return list(zip(names, best.values.tolist(), strict=True))
 
@@ -166,37 +185,31 @@ def classify_files(
             best = probabilities(network, checkpoint, images).topk(top_k)
             tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         for name, is_readable, picture in zip(batch, readable.tolist(), decoded.images.numpy(), strict=True):
-            if is_readable:
-                top = [(classes[index], share) for index, share in zip(*next(tops), strict=True)]
-                yield Answer(name, top, picture)
-            else:
+            if not is_readable:
                 _, error = next(errors)
-                is_folder = name != "-" and Path(name).is_dir()
-                yield Answer(name, None, picture, "no pictures in this folder" if is_folder else error)
-
-
-def find_pictures(names: Sequence[str]) -> Iterator[str]:
-    """The pictures to classify, in the order given: folders are searched, `-` is standard input."""
-    for name in names:
-        if name != "-" and Path(name).is_dir():
-            inside = [path for path in list_pictures(Path(name)) if not path.endswith(EXPLAINED)]
-            yield from inside or [name]
-        else:
-            yield name
+                yield Answer(name, None, picture, why_unreadable(name, error))
+                continue
+            top = [(classes[index], share) for index, share in zip(*next(tops), strict=True)]
+            yield Answer(name, None, picture, NOT_FINITE) if math.isnan(top[0][1]) else Answer(name, top, picture)
 
 
 def probabilities(network: nn.Module, checkpoint: dict, images: Tensor) -> Tensor:
-    """Class probabilities, float32 `(N, classes)`, of uint8 images `(N, 3, side, side)`, on their device."""
+    """Class probabilities, float32 `(N, classes)`, of uint8 images `(N, 3, side, side)`, on their device.
+
+    They are nan where the network's outputs for an image are not finite.
+    """
     parts = images.split(evaluation_batch(checkpoint["image_size"]))
     batches = (normalize(part, checkpoint["mean"], checkpoint["std"]) for part in parts)
     config = checkpoint["config"]
     logits = evaluation.outputs(network, batches, tta=config.get("tta", "none"))
-    return losses.probabilities(logits, config.get("loss", "cross_entropy"))
+    shares = losses.probabilities(logits, config.get("loss", "cross_entropy"))
+    return shares.masked_fill(~logits.isfinite().all(1, keepdim=True), math.nan)
 
 
 def sizing(checkpoint: dict) -> Sizing:
     """How the pictures of the checkpoint's network were resized."""
-    return Sizing(checkpoint["image_size"], checkpoint["resize"], checkpoint["interpolation"])
+    levels = checkpoint["levels"] and tuple(checkpoint["levels"])
+    return Sizing(checkpoint["image_size"], checkpoint["resize"], checkpoint["interpolation"], levels)
 
 
 def explain(answer: Answer, network: nn.Module, checkpoint: dict) -> None:
@@ -208,7 +221,8 @@ def explain(answer: Answer, network: nn.Module, checkpoint: dict) -> None:
     file = io.BytesIO()
     Image.fromarray(drawing.explained(answer.picture, heat, answer.top)).save(file, "PNG")
     write_file(path, file.getvalue())
-    log.info(f"explained: {printable(str(path))}")
+    numbered = fonts.legend([name for name, _ in answer.top])  # for want of a font
+    log.info(printable(f"explained: {path}{''.join(f', {number} {name}' for number, name in numbered.items())}"))
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------------
@@ -219,24 +233,40 @@ def evaluate(
 ) -> dict:
     """Loss, metrics, accuracy of each class, and confusion counts (rows: truth) on the test set of `data`.
 
-    Raises DataError.
+    Of a folder: on the test pictures if it has splits, else on all in it; but only on those that were held out if it is
+    the one that the network was trained on. Raises DataError, also where outputs are not finite numbers.
     """
     classes, config = checkpoint["classes"], checkpoint["config"]
     preparation = {name: checkpoint[name] for name in ("image_size", "resize", "interpolation", "mean", "std")}
+    preparation["levels"] = checkpoint["levels"] or ()  # none: those of the type, as for single pictures
     fraction = config.get("val_fraction", 0.0)
     if isinstance(fraction, float) and 0 <= fraction < 1:  # a stranger's checkpoint can say anything
         preparation["val_fraction"] = fraction
-    [test_set] = datasets.load(data, data_dir, device=device, splits=["test"], group=group, **preparation)
-    if strange := [name for name in test_set.classes if name not in classes]:
-        raise DataError(f"{data}: the checkpoint does not know class {strange[0]!r}; {', '.join(classes)}")
-    index_of = torch.tensor([classes.index(name) for name in test_set.classes], device=device)
+    trained_on = config.get("data")
+    is_own = data in BUILT_IN or (trained_on not in BUILT_IN and is_same_folder(data, trained_on))
+    splits = ["test" if is_own else "whole"]
+    [test_set] = datasets.load(data, data_dir, device=device, splits=splits, group=group, **preparation)
+    if data not in BUILT_IN:
+        which = {"whole": "all", "test": "the test"}.get(test_set.split, "the held-out")
+        log.info(f"{data}: {which} pictures, {len(test_set):,}")
+    index_of = {composed(name): index for index, name in enumerate(classes)}
+    names = [composed(name) for name in test_set.classes]
+    if strange := [name for name in names if name not in index_of]:
+        raise DataError(f"{data}: the checkpoint does not know class '{strange[0]}'; {', '.join(classes)}")
+    places = torch.tensor([index_of[name] for name in names], device=device)
     tta, loss = config.get("tta", "none"), config.get("loss", "cross_entropy")
     logits, labels = evaluation.outputs_of_set(network, test_set, classes=len(classes), group=group, tta=tta)
-    labels = index_of[labels]  # classes are matched by name: the folder may have fewer
+    if len(wrong := (~logits.isfinite().all(1)).nonzero()):
+        paths, first = test_set.paths, wrong[0].item()
+        name = f"{data}: picture {first + 1}" if paths is None else os.fsdecode(paths[first])
+        raise DataError(f"{name}: {NOT_FINITE} ({len(wrong):,} of {len(labels):,} pictures)")
+    labels = places[labels]  # classes are matched by name: the folder may have fewer
     counts = losses.confusion_counts(logits, labels)
     accuracies = (counts.diag().double() / counts.sum(1)).tolist()
     by_class = {name: share for name, share in zip(classes, accuracies, strict=True) if not math.isnan(share)}
     scores = losses.score(logits, labels, loss)
+    if strange := [name for name, value in scores.items() if not math.isfinite(value)]:
+        raise DataError(f"{data}: its {strange[0]} is {scores[strange[0]]}: the network's outputs are too large")
     return scores | {"pictures": len(labels), "classes": by_class, "confusion": counts.tolist()}
 
 

@@ -33,10 +33,10 @@ from quick.run.features import train_head_alone
 from quick.run.folder import RunFolder
 from quick.run.optimizers import make_optimizer
 from quick.run.report import epoch_line, print_result, print_start
-from quick.run.resume import Start, begin, restore
+from quick.run.resume import Start, begin, check_pictures, restore
 from quick.run.settings import Config
 from quick.run.state import EpochTotals, TrainState, epoch_steps, hardest, make_state
-from quick.run.stopping import StopVote
+from quick.run.stopping import StopVote, program_start
 from quick.views.tensorboard import log_metrics, show_embedding, show_epoch, show_start
 
 LOG_STEPS = 100  # between two points of the training curves
@@ -44,7 +44,7 @@ LOG_STEPS = 100  # between two points of the training curves
 
 def main(argv: list[str] | None = None) -> int:
     """Train as these flags say; returns the exit status: 0, or 130 when Ctrl-C or SIGTERM stopped it."""
-    began = time.perf_counter()
+    began = program_start()
     config, given, resume = parse(argv)
     with Group(config.timeout) as group, RunFolder() as run:
         # A run begins in one of four ways: a new run; a new run from pretrained weights (--weights); --resume, from its
@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> int:
 
         # The data. The first of the held-out sets chooses the best epoch.
         train_set, *held_out_sets = datasets.load_sets(config, device, group)
-        config = replace(config, mean=train_set.mean, std=train_set.std)
+        config = replace(config, mean=train_set.mean, std=train_set.std, levels=train_set.levels or ())
         sets = [train_set, held_out_sets[0]]
+        manifest = check_pictures(start, config, [train_set, *held_out_sets], group)
 
         # The network, and the part of it that trains, on pictures or on features.
         network, options, head = make_network(config, start, train_set, group)
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         state = make_state(network, trainable, optimizer, config, precision, group, pictures=len(train_set))
         restore(state, start, config, train_set, lr_share)
         if group.rank == 0:
-            run.open(config, options, train_set.classes, state, start.job)
+            run.open(config, options, train_set.classes, state, manifest, start.job)
             if not start.checkpoint:
                 show_start(run.board, network, run.header["config"], split=sets[1].split)
                 show_epoch(run.board, network, sets, config)
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # The end. With a validation set, the best epoch is tested, once.
         run.check_best()
-        if len(held_out_sets) > 1:
+        if len(held_out_sets) > 1 and "test_accuracy" not in state.history.best:
             best = run.load_best(state)
             tested, answers = evaluate(state, network, held_out_sets[1], config)
             run.save_tested(state, best, tested, answers)

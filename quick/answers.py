@@ -5,14 +5,14 @@ process. The first line of a journal says which table it belongs to, the others 
 same command reads all journals, however many processes wrote them, and asks only about the other pictures.
 """
 
-import csv
+import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,9 @@ from quick.cli import log, progress_bar
 from quick.errors import DataError, printable
 from quick.processes import ALONE, Group
 
+FORMULA = re.compile(r"'*\s*[=+\-@\uff1d\uff0b\uff0d\uff20\t\r\n]")  # how cells begin that spreadsheets compute
+NAME_ERRORS = sys.getfilesystemencodeerrors()  # how bytes of names that are no text come in and go out
+LOCK_SECONDS = 6  # worker processes of a killed process notice within 5 seconds that it is gone
 FSYNC_EVERY = 1000  # answers, after which a journal is forced to the disk; each line is flushed to the system
 
 
@@ -30,9 +33,9 @@ class Answer(NamedTuple):
     """What the network says about a picture, or why it could not be read."""
 
     name: str
-    top: list[tuple[str, float]] | None  # classes and their probabilities, highest first; None: it could not be read
+    top: list[tuple[str, float]] | None  # classes and their probabilities, highest first; None: there is no answer
     picture: np.ndarray  # uint8 (side, side, 3), as the network sees it; black if it could not be read
-    error: str = ""
+    error: str = ""  # why there is no answer, or no explanation of it
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
@@ -41,22 +44,32 @@ class Answer(NamedTuple):
 def print_answers(answers: Iterable[Answer], top_k: int, form: str) -> int:
     """Print answers with `top_k` classes each as `text`, `json` lines or `csv`; returns the exit status.
 
-    Pictures that could not be read are named on standard error; the status is then 1.
+    JSON and CSV name the very files: in CSV a name that is no text stands in its own bytes. Only on a terminal what
+    could steer it is escaped. What went wrong is said on standard error, and in JSON; the status is then 1.
     """
-    status = 0
+    status, on_terminal = 0, bool(sys.stdout) and sys.stdout.isatty()
+    if form == "csv" and not on_terminal and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors=NAME_ERRORS, newline="\n")  # as write_table writes it
+
+    def print_row(cells: Sequence[str]) -> None:
+        line = csv_line(cells)
+        print(f"{printable(line[:-1])}\n" if on_terminal else line, end="")
+
     if form == "csv":
-        print(csv_line(table_header(top_k)), end="")
+        print_row(table_header(top_k))
     for answer in answers:
-        if answer.top is None:
+        if answer.error:
             status = 1
             report_error(answer.name, answer.error)
+        if form == "json":
+            found = {"file": answer.name}
+            if answer.top is not None:
+                found["classes"] = [{"class": name, "probability": round(share, 6)} for name, share in answer.top]
+            print(json_line(found | ({"error": answer.error} if answer.error else {})))
+        elif answer.top is None:
+            continue
         elif form == "csv":
-            print(csv_line(table_row(answer)), end="")
-        elif form == "json":
-            classes = [{"class": name, "probability": round(share, 6)} for name, share in answer.top]
-            found = {"file": answer.name, "classes": classes}
-            text = json.dumps(found, ensure_ascii=False)
-            print(text if text.isprintable() else json.dumps(found))
+            print_row(table_row(answer))
         else:
             print("  ".join([printable(answer.name), *(f"{name} {share:.1%}" for name, share in answer.top)]))
     return status
@@ -97,17 +110,23 @@ def table_row(answer: Answer) -> list[str]:
 def safe_cell(text: str) -> str:
     """Text for a table. What a spreadsheet would take for a formula gets an apostrophe in front, which makes it text.
 
-    Names of strangers' files could otherwise run commands (owasp.org/www-community/attacks/CSV_Injection).
+    Names of strangers' files could otherwise run commands (owasp.org/www-community/attacks/CSV_Injection). So does what
+    already has apostrophes before a formula: of each cell that FORMULA matches, the first apostrophe is ours.
     """
-    text = printable(text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and text != "-" else text
+    return f"'{text}" if FORMULA.match(text) and text != "-" else text
 
 
 def csv_line(cells: Sequence[str]) -> str:
-    """Cells as a line of a CSV file, with its newline."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
+    """Cells as a line of a CSV file (RFC 4180), with its newline."""
+    doubled = (cell.replace('"', '""') for cell in cells)
+    return ",".join(f'"{cell}"' if re.search('[",\r\n]', cell) else cell for cell in doubled) + "\n"
+
+
+def json_line(values: dict) -> str:
+    """The values as JSON (RFC 8259): in ASCII if standard output is not in UTF-8, or a terminal could be steered."""
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower() in ("utf-8", "utf8")
+    return text if is_utf8 and printable(text) == text else json.dumps(values)
 
 
 # ---- a table that goes on after a stop -------------------------------------------------------------------------------
@@ -124,55 +143,88 @@ def write_table(
     """Write a CSV file with an answer about each of these pictures; returns the exit status.
 
     `answer` gives an answer about each of some names, in order. The processes of a group share the work. Journals that
-    are of other names or `settings` are deleted. Raises DataError if answers of another process do not arrive here,
-    FileExistsError if a file is in the way of a journal.
+    are of other names or `settings` are deleted. Raises DataError while another process writes the table, and if
+    answers of another process do not arrive here; FileExistsError if a file is in the way of a journal.
     """
-    digest = hashlib.sha256(repr((settings, list(names))).encode()).hexdigest()
-    done = group.from_rank0(lambda: set(read_journals(path, digest, len(names))))
-    if done:
-        log.info(f"{path}: {len(done):,} of {len(names):,} files are done already")
-    shard = [index for index in range(len(names)) if index not in done][group.rank :: group.size]
+    with contextlib.ExitStack() as stack:
+        group.from_rank0(lambda: stack.enter_context(locked(path)) and None)
+        digest = hashlib.sha256(repr((settings, list(names))).encode()).hexdigest()
+        done = group.from_rank0(lambda: set(read_journals(path, digest, len(names))))
+        if done:
+            log.info(f"{path}: {len(done):,} of {len(names):,} files are done already")
+        shard = [index for index in range(len(names)) if index not in done][group.rank :: group.size]
 
-    journal = path.with_name(f"{path.name}.{group.rank}.jsonl")
-    if not journal.exists() or journal.stat().st_size == 0:
-        write_file(journal, (json.dumps({"table": digest}) + "\n").encode())
-    with journal.open("a", encoding="utf-8", buffering=1) as file, progress_bar("reading", len(shard), "files") as bar:
-        answers = answer([names[index] for index in shard])
-        for count, (index, found) in enumerate(zip(shard, answers, strict=True), 1):
-            if found.top is None:
-                entry = {"place": index, "error": found.error}
-            else:
-                entry = {"place": index, "row": csv_line(table_row(found))}
-            file.write(json.dumps(entry) + "\n")
-            if count % FSYNC_EVERY == 0:
-                os.fsync(file.fileno())
-            bar.update()
-    group.wait()
-
-    status = finish_table(path, names, top_k, digest) if group.rank == 0 else 0
+        journal = path.with_name(f"{path.name}.{group.rank}.jsonl")
+        if not journal.exists() or journal.stat().st_size == 0:
+            write_file(journal, (json.dumps({"table": digest}) + "\n").encode())
+        found = answer([names[index] for index in shard])
+        with progress_bar("reading", len(shard), "files") as bar:
+            add_to_journal(journal, zip(shard, found, strict=True), bar.update)
+        group.wait()
+        status = finish_table(path, names, top_k, digest) if group.rank == 0 else 0
     return 0 if group.size > 1 else status  # torchrun would take 1 for a failure, and start all processes again
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Keep other processes from writing this table meanwhile; raises DataError when one does already, OSError."""
+    from filelock import FileLock, Timeout  # most calls do without it
+
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise DataError(f"{path}: another process is writing this table") from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file; there the lock itself removes it
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def add_to_journal(journal: Path, answers: Iterable[tuple[int, Answer]], update: Callable[[], object]) -> None:
+    """Append an entry for each of these places and answers, as soon as it is there; raises OSError."""
+    file = journal.open("a", encoding="utf-8", buffering=1)
+    try:
+        for count, (index, found) in enumerate(answers, 1):
+            entry = {"place": index}
+            if found.top is not None:
+                entry["row"] = csv_line(table_row(found))
+            if found.error:
+                entry["error"] = found.error
+            file.write(json.dumps(entry) + "\n")
+            if count % FSYNC_EVERY == 0:
+                os.fsync(file.fileno())
+            update()
+    except OSError as error:
+        error.filename = error.filename or str(journal)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # a full disk has been named already
+            file.close()
+
+
 def finish_table(path: Path, names: Sequence[str], top_k: int, digest: str) -> int:
-    """Write the table from its journals, name what could not be read, delete the journals; returns the exit status."""
+    """Write the table from its journals, name what went wrong, delete the journals; returns the exit status."""
     entries = read_journals(path, digest, len(names))
     if missing := [index for index in range(len(names)) if index not in entries]:
         raise DataError(
             f"{names[missing[0]]}: its answer was written on another machine; "
             f"{path.absolute().parent} must be on a shared disk"
         )
-    lines, errors = [csv_line(table_header(top_k))], 0
-    for index, name in enumerate(names):
-        if "row" in entries[index]:
-            lines.append(entries[index]["row"])
-        else:
-            errors += 1
-            report_error(name, entries[index]["error"])
-    write_file(path, "".join(lines).encode())
+    ordered = [(name, entries[index]) for index, name in enumerate(names)]
+    errors = [(name, entry["error"]) for name, entry in ordered if "error" in entry]
+    for name, error in errors:
+        report_error(name, error)
+    rows = [csv_line(table_header(top_k)), *(entry["row"] for _, entry in ordered if "row" in entry)]
+    write_file(path, "".join(rows).encode("utf-8", NAME_ERRORS))
     for journal in find_journals(path):
         journal.unlink()
     print(path)
-    return int(errors > 0)
+    return int(len(errors) > 0)
 
 
 def find_journals(path: Path) -> list[Path]:
@@ -208,7 +260,8 @@ def read_journal(journal: Path, count: int) -> dict[int, dict]:
         whole = len(file.readline())  # bytes; the first line is not an entry
         for line in file:
             entry = parse_line(line)
-            if entry.get("place") not in range(count) or not isinstance(entry.get("row", entry.get("error")), str):
+            texts = [entry[key] for key in ("row", "error") if key in entry]
+            if entry.get("place") not in range(count) or not texts or not all(isinstance(text, str) for text in texts):
                 break  # a process that was killed, or a machine that lost its power, left a part of a line
             entries[entry["place"]] = entry
             whole += len(line)

@@ -4,18 +4,16 @@ import io
 import math
 import os
 import pickle
-import pickletools
-import re
-import zipfile
 import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from quick.errors import CheckpointError
+from quick.archives import CHECKSUM_BYTES, LARGEST_PICKLE, check_archive, kind_of
+from quick.errors import CheckpointError, composed, out_of_memory, printable
 
-FORMAT = 2  # grows when an older reader could misread a newer file
+FORMAT = 3  # grows when an older reader could misread a newer file
 CONTENT = {
     "format": int,
     "model": dict,  # name, and options for model.create
@@ -34,9 +32,10 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 LOSSES = ("cross_entropy", "mse", "l1")
 TTA = ("none", "mirror", "shift")
 LARGEST_SIDE, LARGEST_WIDTH, MOST_OUTPUTS = 4096, 64, 10**6  # what a file may ask for: bounds time and memory
-LARGEST_PICKLE = 2**22  # bytes of a checkpoint's values other than tensors
-CHECKSUM_BYTES = 8  # of a file's comment: CRC-32 in hexadecimal digits
-NEEDED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
+LARGEST_NAMES = 3 * LARGEST_PICKLE // 4  # of all classes, in bytes: what else there is needs the rest
+LONGEST_NAME = 1000  # characters of the name of a class, weight, option, metric or setting
+LONGEST_TEXT, LONGEST_LIST, MOST_VALUES = 4096, 16, 1000  # of options, metrics and settings
+OURS = "give one that train.py wrote, such as logs/RUN/best.pt"
 
 
 def to_bytes(checkpoint: dict) -> memoryview:
@@ -57,7 +56,7 @@ def to_bytes(checkpoint: dict) -> memoryview:
 def write_file(path: Path, content: bytes | memoryview) -> None:
     """Write a file whole or not at all: aside, flushed to the disk, then renamed.
 
-    Raises OSError when the disk refuses; then the file that was at `path` before is still there.
+    Raises OSError, with this path, when the disk refuses; then the file that was at `path` before is still there.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -66,69 +65,87 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the file aside
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
 
-def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """The content of a checkpoint, checked key by key; its tensors are on `device`.
+def read(path: str | Path) -> dict:
+    """The content of a checkpoint, checked key by key; its tensors are on the CPU.
 
     No code from the file runs (`weights_only=True`). Raises CheckpointError for a file that is missing, damaged, or of
     another kind or format.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        raise CheckpointError(f"{path}: no such checkpoint{'; it is a folder' if path.is_dir() else ''}")
     try:
-        checkpoint = None
-        if zipfile.is_zipfile(path):
-            check_bytes(path)
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-            error = "not a whole checkpoint of train.py"
-        elif checkpoint["format"] not in range(1, FORMAT + 1):
-            error = f"checkpoint format {checkpoint['format']!r:.40}; this version reads 1 to {FORMAT}"
-        else:
+        with path.open("rb") as file:  # one file throughout, whatever gets its name meanwhile
+            if kind := kind_of(file):
+                error = f"not a whole checkpoint of train.py but {kind}; {OURS}"
+            else:
+                check_archive(file)
+                file.seek(0)
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+                error = foreign_content(checkpoint)
+        if not error:
             if checkpoint["format"] == 1:  # whose pictures were never resized further than to `image_size`
                 checkpoint = {"resize": checkpoint.get("image_size"), "interpolation": "bilinear"} | checkpoint
+            checkpoint = {"levels": None} | checkpoint  # which formats 1 and 2 have not
             error = wrong_content(checkpoint)
     except OSError as problem:
         error = f"cannot be read: {problem.strerror or problem}"
-    except pickle.UnpicklingError:
-        error = "the file holds Python objects, which could run code; it was not loaded"
-    except Exception:  # torch raises many kinds for damaged files
+    except pickle.UnpicklingError as problem:
+        what = f"Python objects ({problem!s:.80})"
+        error = f"the file holds {what}, which could run code; it was not loaded; {OURS}"
+    except Exception as problem:  # torch raises many kinds for damaged files
+        if out_of_memory(problem):
+            raise
         error = "the file is damaged or cut short"
     if error:
         raise CheckpointError(f"{path}: {error}")
-    return checkpoint
+    return checkpoint | {"classes": [composed(name) for name in checkpoint["classes"]]}  # as of folders
 
 
-def check_bytes(path: Path) -> None:
-    """Raise an error unless all bytes are as they were written, and reading them takes about as much memory as the file
-    is large. UnpicklingError: the file is for objects that are neither tensors nor plain values."""
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("compressed")
-        if sum(entry.file_size for entry in entries) > size:
-            raise ValueError("larger inside than outside")
-        if not archive.comment and archive.testzip() is not None:  # earlier versions wrote no checksum of the whole
-            raise ValueError("altered")
-        if archive.comment:
-            left, checksum = size - CHECKSUM_BYTES, 0
-            while part := file.read(min(left, 2**20)):
-                left, checksum = left - len(part), zlib.crc32(part, checksum)
-            if archive.comment != b"%08x" % checksum:
-                raise ValueError("altered")
-        [values] = [entry for entry in entries if entry.filename.endswith("data.pkl")]
-        if values.file_size > LARGEST_PICKLE:
-            raise ValueError("too many values")
-        # weights_only=True allows more than what a checkpoint needs, for example a bytearray of any size.
-        for operation, name, _ in pickletools.genops(archive.read(values)):
-            names = "GLOBAL" in operation.name or operation.name in ("INST", "OBJ", "NEWOBJ", "EXT1", "EXT2", "EXT4")
-            if names and not NEEDED.fullmatch(str(name)):
-                raise pickle.UnpicklingError(str(name))
+def foreign_content(content: object) -> str | None:
+    """What a file of torch.save holds that train.py has not written, in words; None when it may have."""
+    if not are_bare(content):
+        return "a dict in it has attributes, which no checkpoint of train.py has"
+    if isinstance(content, dict) and "format" in content:
+        number = content["format"]
+        if isinstance(number, int) and 1 <= number <= FORMAT:
+            return None
+        number = f" {number}" if isinstance(number, int) else " of another program"
+        return f"checkpoint format{number}; this version reads 1 to {FORMAT}"
+    what = f"a {type(content).__name__}"
+    if isinstance(content, dict):
+        names = [key[:40] for key in content if isinstance(key, str)]
+        what = f"a checkpoint of another program, with {', '.join(names[:5])}"
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            what = "weights alone (a state_dict), without network, classes and sizes"
+    return f"not a whole checkpoint of train.py but {what}; {OURS}"
+
+
+def are_bare(content: object) -> bool:
+    """Whether no dict in it has attributes: torch gives an OrderedDict those that a file names, also in the place of
+    its methods, so that `items()` could tell less than there is. A state_dict has `_metadata`, versions of layers."""
+    seen, to_see = set(), [content]
+    while to_see:
+        part = to_see.pop()
+        if not isinstance(part, dict | list | tuple) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        to_see += [*dict.keys(part), *dict.values(part)] if isinstance(part, dict) else part
+        attributes = getattr(part, "__dict__", {})
+        metadata = attributes.get("_metadata", {})
+        if attributes.keys() - {"_metadata"} or not isinstance(metadata, dict):
+            return False
+        if not all(isinstance(name, str) and type(of) is dict and is_plain(of) for name, of in dict.items(metadata)):
+            return False
+        to_see.append(metadata)
+    return True
 
 
 def wrong_content(checkpoint: dict) -> str | None:
@@ -137,13 +154,17 @@ def wrong_content(checkpoint: dict) -> str | None:
         if not isinstance(checkpoint.get(key), kind):
             return f"the checkpoint's {key!r} is missing or not of type {kind.__name__}"
     name, options = checkpoint["model"].get("name"), checkpoint["model"].get("options")
-    if not (isinstance(name, str) and isinstance(options, dict) and is_state_dict(checkpoint["state_dict"])):
+    if not (is_name(name) and isinstance(options, dict) and is_state_dict(checkpoint["state_dict"])):
         return "the checkpoint's 'model' or 'state_dict' holds something else"
     if not all(map(is_plain, [checkpoint["metrics"], checkpoint["config"], options])):
         return "the checkpoint's options, metrics or config are not plain values"
-    if not all(isinstance(name, str) and name.isprintable() for name in checkpoint["classes"]):
-        return "the checkpoint's class names are not all printable"
-    numbers = [*checkpoint["mean"], *checkpoint["std"]]
+    if error := wrong_classes(checkpoint["classes"]):
+        return error
+    levels = checkpoint["levels"]  # of pixels wider than 8 bits: None, or what became black and white
+    are_two = isinstance(levels, list) and len(levels) == 2 and is_plain({"levels": levels})
+    if levels is not None and not (are_two and levels[0] < levels[1]):
+        return "the checkpoint's levels are not two numbers, the lower one first"
+    numbers = [*checkpoint["mean"], *checkpoint["std"], *(levels or [])]
     if (
         len(checkpoint["mean"]) != 3
         or len(checkpoint["std"]) != 3
@@ -157,14 +178,27 @@ def wrong_content(checkpoint: dict) -> str | None:
         or not 1 <= options.get("image_size", 1) <= LARGEST_SIDE
         or not 0 < options.get("width", 1) <= LARGEST_WIDTH
     ):
-        return "the checkpoint's classes, sizes, options, mean, std or config hold impossible values"
+        return "the checkpoint's classes, sizes, options, mean, std, levels or config hold impossible values"
+    return None
+
+
+def wrong_classes(names: list) -> str | None:
+    """What is wrong with the names of classes, in words; None when nothing is."""
+    if not all(isinstance(name, str) for name in names):
+        return "the class names are not all text"
+    if long := next((name for name in names if len(name) > LONGEST_NAME), None):
+        return f"the class name {long[:20]}... has {len(long):,} characters; {LONGEST_NAME:,} are the most"
+    if sum(len(name.encode(errors="replace")) + 10 for name in names) > LARGEST_NAMES:
+        return f"the {len(names):,} class names are too long together"
+    if any(printable(name) != name for name in names):
+        return "the class names are not all printable"
     return None
 
 
 def is_state_dict(values: dict) -> bool:
     """Whether these are tensors by name, each with all of its numbers in the file: a view could repeat one for ever."""
     return all(
-        isinstance(name, str)
+        is_name(name)
         and type(value) in (Tensor, nn.Parameter)
         and value.layout == torch.strided
         and not (value.is_quantized or value.is_meta)
@@ -174,10 +208,15 @@ def is_state_dict(values: dict) -> bool:
 
 
 def is_plain(values: dict) -> bool:
-    """Whether these are numbers, strings or short lists of numbers, by name."""
-    return all(
-        isinstance(name, str)
-        and isinstance(value, bool | int | float | str | list | tuple)
-        and not (isinstance(value, list | tuple) and not all(isinstance(part, int | float) for part in value))
-        for name, value in values.items()
-    )
+    """Whether these are not too many numbers, strings or short lists of numbers, by name."""
+
+    def is_short(value: object) -> bool:
+        if isinstance(value, list | tuple):
+            return len(value) <= LONGEST_LIST and all(isinstance(part, int | float) for part in value)
+        return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= LONGEST_TEXT)
+
+    return len(values) <= MOST_VALUES and all(is_name(name) and is_short(value) for name, value in values.items())
+
+
+def is_name(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_NAME

@@ -5,7 +5,13 @@ that meets one prints that line and ends with the problem's `status`, without a 
 """
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterable
+
+# Control characters, separators of lines and paragraphs, marks that turn the order of letters round
+# (unicode.org/reports/tr36, section 2.4), and surrogates: bytes of a file's name that are no text.
+STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Problem(ValueError):
@@ -64,13 +70,28 @@ class Interrupted(Exception):
 
 
 def printable(text: str) -> str:
-    """The text with control characters escaped: names of strangers' files must not steer the terminal."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    """The text with what could steer a terminal escaped: names of strangers' files must not.
+
+    All else stays, also what `str.isprintable` refuses: U+200C and U+200D of Persian, Hindi and emoji, and U+202F,
+    which macOS writes into the names of screenshots.
+    """
+    return STEERING.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def composed(text: str) -> str:
+    """A name in the form in which all are compared: macOS may write an accent as a character of its own (NFD)."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def reason(error: BaseException, most: int = 200) -> str:
     """What an error says, in one line of at most `most` characters; the name of its class if it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or PyTorch says that there was not enough memory, on whichever device."""
+    words = r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ VARIANTS = {
     "held out": "--val-fraction 0.2 --optimizer muon",
     "photographs": "--jitter 0.3 --resized-crop 0.5 --cutout 4 --no-whiten",
 }
-STILL = ["--lr", "1e-30", "--no-batch-norm"]  # all epochs are equally good, so the first one is the best
+STILL = ["--lr", "1e-30", "--no-batch-norm"]  # all epochs are equally good
 TIMES = {"epoch_seconds", "images_per_second"}  # what no run repeats
 
 
@@ -57,8 +57,9 @@ def contents(run: Path) -> dict:
 
 def differences(first: object, second: object, place: str = "") -> list[str]:
     """Where the contents of two runs differ, except in the time they took."""
-    if isinstance(first, torch.Tensor):
-        return [] if torch.equal(first, second) else [place]
+    if isinstance(first, torch.Tensor):  # metrics that an epoch does not have are NaN
+        same = torch.equal(first.isnan(), second.isnan()) and torch.equal(first.nan_to_num(), second.nan_to_num())
+        return [] if first.dtype == second.dtype and same else [place]
     if isinstance(first, dict) and first.keys() == second.keys():
         keys = [key for key in first if key not in TIMES]
         return [found for key in keys for found in differences(first[key], second[key], f"{place}.{key}")]

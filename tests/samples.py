@@ -25,6 +25,7 @@ def a_checkpoint(network: nn.Module, name: str = "cifar_quick", **options: objec
         "interpolation": "bilinear",
         "mean": [0.5, 0.5, 0.5],
         "std": [0.2, 0.2, 0.2],
+        "levels": None,
         "state_dict": network.state_dict(),
         "epoch": 1,
         "metrics": {},

@@ -1,16 +1,22 @@
 """Answers as text, JSON and CSV, and the table that goes on after a stop: without a network."""
 
 import csv
+import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from filelock import FileLock
 
 from quick import answers
 from quick.answers import Answer
-from quick.errors import DataError
+from quick.errors import DataError, printable
 
 NAMES = [f"{number}.png" for number in range(7)]
 HEADER = "file,class_1,probability_1"
@@ -84,7 +90,77 @@ def test_cells_steer_no_spreadsheet():
     row = answers.table_row(Answer("=1+1.png", [("@red", 0.5), ('e,"f', 0.25)], None))
     assert row == ["'=1+1.png", "'@red", "0.500000", 'e,"f', "0.250000"]
     assert next(csv.reader([answers.csv_line(row)])) == row
-    assert [answers.safe_cell(text) for text in ("-", "-a", "+a", "a-", "a\x07")] == ["-", "'-a", "'+a", "a-", "a\\x07"]
+    assert [answers.safe_cell(text) for text in ("-", "-a", "+a", "a-", "\uff1da")] == [
+        "-",
+        "'-a",
+        "'+a",
+        "a-",
+        "'\uff1da",
+    ]
+
+
+NAMES_OF_ALL_KINDS = [
+    *("plain.png", "=1.png", "'=1.png", "''=1.png", "'quoted'.png", "\t=1.png", " -1.png", "@.png", "-"),
+    *("a\nb.png", "a\r.png", 'com,ma "quote".png', " space .png", "a\x07\x1b[2J.png", "a\x85b.png", "a\u2028b.png"),
+    *(
+        "Screenshot 1.23\u202fPM.png",
+        "می\u200cرود.png",
+        "cafe\u0301.png",
+        "caf\u00e9.png",
+        "猫.png",
+        "\U0001f468\u200d\U0001f469.png",
+    ),
+    *("caf\udce9.png", "\udcff\udc80.png", "\u202egnp.exe"),
+]
+
+
+def test_a_cell_stands_for_one_name_alone():
+    cells = [answers.safe_cell(name) for name in NAMES_OF_ALL_KINDS]
+    back = [cell[1:] if cell[0] == "'" and answers.FORMULA.match(cell) else cell for cell in cells]
+    assert back == NAMES_OF_ALL_KINDS and len(set(cells)) == len(cells)
+
+
+def test_a_table_names_the_very_files(tmp_path):
+    write(tmp_path / "out.csv", Teller(), names=NAMES_OF_ALL_KINDS)
+    with (tmp_path / "out.csv").open(encoding="utf-8", errors=sys.getfilesystemencodeerrors(), newline="") as file:
+        cells = [row[0] for row in csv.reader(file)][1:]
+    assert cells == [answers.safe_cell(name) for name in NAMES_OF_ALL_KINDS]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names of other bytes")
+@pytest.mark.parametrize(
+    ("form", "encoding"),
+    [
+        ("json", "cp1252"),
+        ("csv", "ascii"),
+        *(pytest.param(form, "utf-8", marks=pytest.mark.expensive) for form in ("csv", "json")),
+        *(pytest.param(*how, marks=pytest.mark.expensive) for how in (("json", "ascii"), ("csv", "cp1252"))),
+    ],
+)
+def test_a_pipe_gets_the_very_names_whatever_the_encoding_of_the_terminal(form, encoding):
+    code = f"""
+from quick import answers, cli
+found = [answers.Answer(name, [("猫", 0.5)], None) for name in {NAMES_OF_ALL_KINDS!a}]
+cli.exit_script(cli.run_script("a.py", lambda _: answers.print_answers(found, 1, "{form}")))"""
+    environment = dict(os.environ) | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    text = done.stdout.decode("utf-8", "surrogateescape")
+    if form == "json":
+        answers_found = [json.loads(line) for line in text.split("\n")[:-1]]
+        assert [found["file"] for found in answers_found] == NAMES_OF_ALL_KINDS
+        assert {found["classes"][0]["class"] for found in answers_found} == {"猫"} and printable(text) == text.replace(
+            "\n", "\\n"
+        )
+    else:
+        rows = list(csv.reader(io.StringIO(text, newline="")))[1:]
+        assert [row[:2] for row in rows] == [[answers.safe_cell(name), "猫"] for name in NAMES_OF_ALL_KINDS]
+
+
+def test_a_terminal_gets_a_table_that_cannot_steer_it(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    answers.print_answers([answer(name) for name in NAMES_OF_ALL_KINDS], 1, "csv")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(NAMES_OF_ALL_KINDS) and all(printable(line) == line for line in lines)
 
 
 # ---- the table ----
@@ -165,6 +241,38 @@ def test_a_file_of_ones_own_is_not_overwritten(content, tmp_path):
     with pytest.raises(FileExistsError, match="answers are to go there, but it holds something else"):
         write(tmp_path / "out.csv", Teller())
     assert (tmp_path / "out.csv.3.jsonl").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_table_has_one_writer_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "LOCK_SECONDS", 0)
+    with FileLock(tmp_path / "out.csv.lock"), pytest.raises(DataError, match="another process is writing this table"):
+        write(tmp_path / "out.csv", Teller())
+    assert not journals(tmp_path)
+    assert write(tmp_path / "out.csv", Teller()) == 1  # it has ended, or was killed
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_an_answer_without_its_explanation_is_an_answer_and_an_error(tmp_path, capsys):
+    found = answer("a.png")._replace(error="no room for its explanation")
+    assert answers.print_answers([found], 1, "text") == 1
+    output = capsys.readouterr()
+    assert output.out == "a.png  cat 75.8%\n" and output.err == "predict.py: a.png: no room for its explanation\n"
+    assert answers.write_table(tmp_path / "out.csv", ["a.png"], 1, lambda _: [found], "") == 1
+    assert (tmp_path / "out.csv").read_text().splitlines() == [HEADER, "a.png,cat,0.757812"]
+    assert capsys.readouterr().err == "predict.py: a.png: no room for its explanation\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
+    real = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, mode="r", *how, **more: real("/dev/full" if mode == "a" else path, mode, *how, **more),
+    )
+    with pytest.raises(OSError, match="No space left") as error:
+        write(tmp_path / "out.csv", Teller())
+    assert error.value.filename == str(tmp_path / "out.csv.0.jsonl")
 
 
 def test_files_with_other_names_are_left_alone(tmp_path):

@@ -2,14 +2,19 @@
 
 import io
 import logging
+import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
-from quick.cli import Parser, add_flags, flag, log, progress_bar, quoted, run_script, setting, wrong_value
+from quick.cli import Parser, add_flags, flag, log, progress_bar, quoted, read_text, run_script, setting, wrong_value
 from quick.errors import CallError, Ended, Problem
 
 # ---- the end ----
@@ -22,6 +27,20 @@ def test_a_reader_that_had_enough_ends_a_script_without_a_word():
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs sh")
+@pytest.mark.parametrize(("to", "status"), [(">&-", 0), ("2>&-", 0), (">/dev/full", 1), ("2>/dev/full", 0)])
+def test_output_that_goes_nowhere(to, status):
+    if "full" in to and not Path("/dev/full").exists():
+        pytest.skip("needs a disk that is always full")
+    code = (
+        "from quick import cli; cli.exit_script(cli.run_script('a.py', lambda _: (cli.log.info('y'), print('x'))[1]))"
+    )
+    call = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {to}"
+    done = subprocess.run(["sh", "-c", call], cwd=ROOT, capture_output=True, text=True)
+    expected = "" if to[0] == "2" else "y\na.py: standard output: No space left on device\n" if status else "y\n"
+    assert (done.returncode, done.stderr) == (status, expected) and "y" not in done.stdout
 
 
 def ending_with(error: BaseException) -> int:
@@ -91,6 +110,7 @@ class Settings:
     flip: bool = setting("augmentation", True, "mirror")
     loss: str = setting("recipe", "mse", "the loss", choices=("mse", "l1"))
     mean: tuple = setting("data", (), "of channels", below=1)
+    data: str = setting("data", "", "pictures")
 
 
 def test_settings_are_flags_of_their_names():
@@ -98,7 +118,7 @@ def test_settings_are_flags_of_their_names():
     add_flags(parser, fields(Settings), Settings())
     assert vars(parser.parse_args([])) == vars(Settings())
     given = parser.parse_args("--lr 1 --epochs 3 --no-flip --loss l1 --mean 0.1 0.2 0.3".split())
-    assert vars(given) == {"lr": 1.0, "epochs": 3, "flip": False, "loss": "l1", "mean": [0.1, 0.2, 0.3]}
+    assert vars(given) == {"lr": 1.0, "epochs": 3, "flip": False, "loss": "l1", "mean": [0.1, 0.2, 0.3], "data": ""}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +130,13 @@ def test_flags_are_written_in_full(argv, message):
     add_flags(parser, fields(Settings), Settings())
     with pytest.raises(CallError, match=message.replace("?", r"\?")):
         parser.parse_args(argv.split())
+
+
+def test_a_picture_that_is_named_like_a_flag(tmp_path, monkeypatch):
+    (tmp_path / "-x.png").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CallError, match=r"unknown flag -x.png; write ./ before a file's name"):
+        Parser().parse_args(["-x.png"])
 
 
 def test_the_first_process_alone_says_that_a_flag_is_wrong(monkeypatch):
@@ -125,7 +152,56 @@ def test_flags_and_paths_as_one_types_them():
         "--sync-bn",
         "--no-sync-bn",
     ]
-    assert (quoted("logs/a"), quoted("my logs/a")) == ("logs/a", '"my logs/a"')
+    assert shlex.split(flag("model", "a; rm b")) == ["--model", "a; rm b"]  # a stranger's checkpoint can say anything
+
+
+NAMES = [
+    "plain",
+    "two words",
+    "copy(1)",
+    "r&d",
+    "it's $HOME",
+    "a`b`",
+    '"quoted"',
+    "!x",
+    "*",
+    "100%",
+    "-x",
+    "~",
+    "#1",
+    "猫",
+]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs sh")
+@pytest.mark.parametrize("name", [*NAMES, "a\\b"])
+def test_paths_survive_a_shell(name):
+    done = subprocess.run(["sh", "-c", f"printf %s {quoted(name)}"], capture_output=True, check=True)
+    assert done.stdout.decode() == (f"./{name}" if name[0] == "-" else name)
+
+
+def test_paths_on_windows(monkeypatch):
+    monkeypatch.setattr(os, "name", "nt")
+    asked = ["C:\\logs\\a.b_c-1", "my logs", "copy(1)", "r&d", "it's", "it's $HOME", "a`b", "\u201ca\u201d it\u2019s"]
+    assert [quoted(name) for name in asked] == [
+        *("C:\\logs\\a.b_c-1", '"my logs"', '"copy(1)"', '"r&d"', '"it\'s"'),
+        *("'it''s $HOME'", "'a`b'", "'\u201ca\u201d it\u2019\u2019s'"),
+    ]
+    assert quoted("-x") == f".{os.sep}-x"
+
+
+# ---- files of a user ----
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+def test_text_of_windows_editors_is_read_or_its_encoding_named(encoding, tmp_path):
+    path, text = tmp_path / "a.txt", "é = 1\r\n"
+    path.write_bytes(text.encode(encoding))
+    if encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        assert read_text(path) == text
+    else:
+        with pytest.raises(ValueError, match="its encoding is not UTF-8; save it anew as UTF-8"):
+            read_text(path)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +215,7 @@ def test_flags_and_paths_as_one_types_them():
         ("epochs", 0, "0 is not at least 1"),
         ("epochs", 1.5, "1.5 is not of type int"),
         ("loss", "mes", "'mes' is not one of mse, l1; did you mean mse?"),
+        ("data", "می\u200cرود black\u00a0cat", None),
         ("loss", "\x1b", "'\\x1b' has characters that cannot be printed"),
         ("mean", (0.1, 0.2), "[0.1, 0.2] is not one number for each of the three channels"),
         ("mean", (0.1, 0.2, 1.0), "1.0 is not below 1"),
@@ -148,3 +225,13 @@ def test_flags_and_paths_as_one_types_them():
 def test_wrong_values_are_said_in_words(name, value, message):
     [key] = [key for key in fields(Settings) if key.name == name]
     assert wrong_value(key, value) == message
+
+
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "model.py", "datasets.py", "device.py"])
+@pytest.mark.parametrize(
+    "allocate", [lambda _: torch.ones(2**55), lambda _: np.ones(2**55), lambda _: bytearray(2**60)]
+)
+def test_a_script_without_memory_says_what_needs_less(script, allocate, capsys):
+    assert run_script(script, allocate, []) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"{script}: there is not enough memory") and err.count("\n") == 1 and not out

@@ -4,6 +4,7 @@
 """
 
 import io
+import pickle
 import random
 import shutil
 import zlib
@@ -14,11 +15,13 @@ import torch
 from conftest import ROOT, noisy
 from PIL import Image
 
+import datasets
 import model
 import predict
 import train
 from quick.checkpoints import read, to_bytes
-from quick.errors import CallError, CheckpointError
+from quick.data import cifar10
+from quick.errors import CallError, CheckpointError, DataError
 from quick.nets.summary import describe
 from quick.run.config import as_toml
 from quick.run.settings import Config
@@ -137,6 +140,29 @@ def test_damaged_configs_are_read_or_named(cases, tmp_path, capsys):
             good += 1
         except CallError as error:
             assert str(error).isprintable()
+    assert 0.02 < good / cases < 0.9
+
+
+def test_damaged_batches_of_cifar10_are_read_or_named(cases, tmp_path):
+    dice, folder, good = random.Random(4), tmp_path / cifar10.FOLDER, 0
+    folder.mkdir()
+    pixels = np.arange(10 * 3072).astype(np.uint8).reshape(10, 3072)
+    plain = pickle.dumps({"data": pixels, "labels": list(range(10))}, protocol=2)
+    facts = [*range(100), *range(len(plain) - 200, len(plain))]  # all but most pixels
+    for _ in range(cases):
+        content = damaged(plain, dice)
+        if dice.random() < 0.8:
+            content = bytearray(plain)
+            for at in dice.sample(facts, dice.randint(1, 3)):
+                content[at] = dice.randrange(256)
+        (folder / "test_batch").write_bytes(content)
+        try:
+            [test_set] = datasets.load("cifar10", tmp_path, splits=["test"])
+        except DataError as error:
+            assert str(error).startswith(f"{folder}: ") and str(error).isprintable() and len(str(error)) < 1000
+            continue
+        good += 1
+        assert test_set.store.images.shape[1:] == (3, 32, 32) and set(test_set.labels.tolist()) <= set(range(10))
     assert 0.02 < good / cases < 0.9
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from quick.cli import setting
 
+ATTEMPTS = 10  # of resized_crop to find a part that fits, as many as torchvision's
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -86,8 +88,8 @@ def augment_images(images: Tensor, settings: Augment, draws: Draws, fill: Tensor
         images = resized_crop(
             images,
             settings.resized_crop,
-            area=draws("part_area"),
-            shape=draws("part_shape"),
+            area=torch.stack([draws(f"part_area_{attempt}") for attempt in range(ATTEMPTS)]),
+            shape=torch.stack([draws(f"part_shape_{attempt}") for attempt in range(ATTEMPTS)]),
             row=draws("part_row"),
             column=draws("part_column"),
         )
@@ -147,15 +149,25 @@ def jitter(images: Tensor, strength: float, brightness: Tensor, contrast: Tensor
 
 
 def resized_crop(images: Tensor, least: float, *, area: Tensor, shape: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Enlarge a part of each image to the whole: float32 images of the same size, in 0..255.
+    """Enlarge a part of each square image to the whole: float32 images of the same size, in 0..255.
 
-    The part has `least` to all of the area, and is 3:4 to 4:3 in shape. After Szegedy et al. 2014
-    (arxiv.org/abs/1409.4842), as torchvision's `RandomResizedCrop` does it.
+    The part has `least` to all of the area, and is 3:4 to 4:3 in shape: the pixels that torchvision's
+    `RandomResizedCrop` gives, after Szegedy et al. 2014 (arxiv.org/abs/1409.4842). `area` and `shape` `(A, N)` are
+    draws of several attempts, as some parts would be wider or higher than the image. The first that fits is taken, or
+    the whole image if none does.
     """
+    side = images.shape[2]
     area, shape = least + (1 - least) * area, (0.75 * (16 / 9) ** shape).sqrt()
-    width, height = (area.sqrt() * shape).clamp(max=1), (area.sqrt() / shape).clamp(max=1)
-    x, y = (1 - width) * (2 * column - 1), (1 - height) * (2 * row - 1)  # the part's centre, in [-1, 1]
-    zero = torch.zeros_like(x)
-    part = torch.stack([width, zero, x, zero, height, y], 1).view(-1, 2, 3)
-    grid = F.affine_grid(part, list(images.shape), align_corners=False)
-    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    sides = torch.stack([area.sqrt() * shape, area.sqrt() / shape], 2).mul(side).round()  # width and height
+    fits = (sides <= side).all(2) & (sides > 0).all(2)
+    attempt = fits.int().argmax(0, keepdim=True)  # the first that fits, or 0
+    sides = sides.gather(0, attempt.unsqueeze(2).expand(1, -1, 2)).squeeze(0)
+    sides = torch.where(fits.any(0).unsqueeze(1), sides, float(side)).unsqueeze(2)
+    first = (torch.stack([column, row], 1).unsqueeze(2) * (side - sides + 1)).floor().minimum(side - sides)
+    # Of each column and row of the result, where its centre lies in the image, in pixels: (N, 2, side). At the part's
+    # edge its outermost pixels go on. (PyTorch 2.10 cannot do this by a padding mode on Apple GPUs.)
+    places = first + sides * (torch.arange(side, device=images.device) + 0.5) / side
+    places = places.clamp(first + 0.5, first + sides - 0.5)
+    x, y = (2 * places / side - 1).unbind(1)
+    grid = torch.stack([x.unsqueeze(1).expand(-1, side, -1), y.unsqueeze(2).expand(-1, -1, side)], 3)
+    return F.grid_sample(images.float(), grid, padding_mode="zeros", align_corners=False)

@@ -1,30 +1,58 @@
 """One picture file as a square of pixels: decoded, turned upright, in RGB, resized.
 
-Training and prediction both read pictures with `read_picture`, so that a network sees what it was trained on.
+Training and prediction both read pictures with `decode`, so that a network sees what it was trained on.
 """
 
 import contextlib
 import os
+import re
+import stat
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from quick.data.pixels import Values, opaque, plain
 from quick.errors import DataError
+
+# What Pillow may open, whatever a file is called: of its many other readers one hands PostScript to an interpreter.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of pictures' names
+ENDINGS += (".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".heic", ".heif")
+HEIC = re.compile(rb"....ftyp(?!.*avif).*(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)  # ISO/IEC 23008-12, annex B
+
+FIRST_BYTES = 2**16  # of a file, which hold a JPEG's header
+# No pipe is waited for. (Windows has no such pipes, and must be told that bytes are bytes.)
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Sizing(NamedTuple):
-    """How a picture of any size becomes a square: its shorter side is resized to `resize`, its middle is cut out."""
+    """How a picture of any size becomes a square of bytes.
+
+    Its shorter side is resized to `resize`, and its middle is cut out. Of pixels wider than 8 bits, `levels` are the
+    values that become 0 and 255; None: those of the type (0 and 65535), for floats those of the picture.
+    """
 
     side: int = 32  # of the square, in pixels
     resize: int = 0  # in pixels, at least `side`; 0: like it, so that nothing of the shorter side is lost
     interpolation: str = "bilinear"  # or bicubic; both antialiased
+    levels: tuple[float, float] | None = None
 
     @property
     def shorter(self) -> int:
@@ -40,27 +68,41 @@ def read_picture(
     With a `width` above `side`, more of the longer side is kept, up to `width`: `(side, side..width, 3)`, or
     `(side..width, side, 3)` for a tall picture. Raises DataError, with the reason, for what is not a whole picture.
     """
+    return decode(source, sizing, width)[:2]
+
+
+def decode(
+    source: str | Path | BinaryIO | Image.Image, sizing: Sizing, width: int = 0
+) -> tuple[np.ndarray, tuple[int, int], Values | None]:
+    """What `read_picture` returns, and what pixels wider than 8 bits held; None of an ordinary picture."""
     side, shorter = sizing.side, sizing.shorter
     try:
-        if isinstance(source, str) and side == shorter and (image := fitting_jpeg(source, side)):
-            return np.frombuffer(image.tobytes(), np.uint8).reshape(side, side, 3), image.size
-        is_file = not isinstance(source, Image.Image)
+        if isinstance(source, str) and side == shorter:
+            if image := fitting_jpeg(source, side):
+                return np.frombuffer(image.tobytes(), np.uint8).reshape(side, side, 3), image.size, None
+        elif isinstance(source, str | Path):
+            check_regular(Path(source).stat())
+        is_file, content = not isinstance(source, Image.Image), None
         with (
             warnings.catch_warnings(action="ignore"),
-            Image.open(source) if is_file else contextlib.nullcontext(source) as image,
+            open_picture(source) if is_file else contextlib.nullcontext(source) as image,
         ):
             size = image.size
-            if is_file and size != (shorter, shorter):
-                image.draft("RGB", (2 * shorter, 2 * shorter))  # a large JPEG is decoded at a fraction of its size
-            image = rgb(upright(image))
+            if is_file and size != (shorter, shorter):  # a large JPEG is decoded at a fraction of its size
+                _, content = image.draft("RGB", (2 * shorter, 2 * shorter)) or (None, None)
+            image.load()
+            turn = orientation(image)
+            image, values = plain(image, sizing.levels)
+        image, whole = image.transpose(TURNS[turn]) if turn in TURNS else image, None
+        if content:
+            whole, content = (size[::-1] if turn > 4 else size), turned(content[2:], turn, image.size)
         if image.size != (side, side) or shorter > side:
-            image = resize_picture(image, sizing, max(side, width))
-    except UnidentifiedImageError as error:
-        is_empty = isinstance(source, str | Path) and Path(source).stat().st_size == 0
-        raise DataError("empty file" if is_empty else "not a picture that Pillow can read") from error
+            image = resize_picture(image, sizing, max(side, width), whole, content)
+    except DataError:
+        raise
     except Exception as error:  # damaged pictures raise many kinds; Pillow refuses those above 179 million pixels
         raise DataError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
-    return np.asarray(image), size
+    return opaque(image), size, values
 
 
 def fitting_jpeg(path: str, side: int) -> Image.Image | None:
@@ -69,60 +111,116 @@ def fitting_jpeg(path: str, side: int) -> Image.Image | None:
     Data sets of small pictures are full of these, and Pillow takes as long to look through such a file's header as to
     decode it. This walks from marker to marker (ITU-T T.81, annex B) to the one with the size.
     """
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a Path would take as long as the reading
-        content = file.read()
-    place, end = 2, len(content) - 10
-    while content[:2] == b"\xff\xd8" and place < end:
-        mark, kind, length = struct.unpack_from(">BBH", content, place)
-        if mark != 0xFF or kind == 0xE1:  # not a marker, or EXIF data, which may say that the picture is turned
-            return None
-        if kind in (0xC0, 0xC1, 0xC2):
-            if struct.unpack_from(">HHB", content, place + 5) != (side, side, 3):
+    file = os.open(path, OPEN_FLAGS)  # an open() or a Path would take as long as the reading
+    try:
+        state = os.fstat(file)
+        check_regular(state)
+        content = os.read(file, min(state.st_size, FIRST_BYTES))
+        place, end = 2, len(content) - 10
+        while content[:2] == b"\xff\xd8" and place < end:
+            mark, kind, length = struct.unpack_from(">BBH", content, place)
+            if mark != 0xFF:
                 return None
-            try:
-                return Image.frombytes("RGB", (side, side), content, "jpeg", "RGB", "")
-            except ValueError:  # the usual way will find the words for what is wrong
-                return None
-        place += 2 + length
+            if kind in (0xC0, 0xC1, 0xC2):
+                if struct.unpack_from(">HHB", content, place + 5) != (side, side, 3):
+                    return None
+                if state.st_size > FIRST_BYTES:
+                    if state.st_size > FIRST_BYTES + 3 * side * side:  # no JPEG is that long
+                        return None
+                    content += os.read(file, 3 * side * side)
+                if b"\xff\xe1" in content:  # EXIF data, wherever they are, may say that the picture is turned
+                    return None
+                try:
+                    return Image.frombytes("RGB", (side, side), content, "jpeg", "RGB", "")
+                except ValueError:  # the usual way will find the words for what is wrong
+                    return None
+            place += 2 + length
+    finally:
+        os.close(file)
     return None
 
 
-def resize_picture(image: Image.Image, sizing: Sizing, width: int) -> Image.Image:
+def check_regular(state: os.stat_result) -> None:
+    """Raise DataError for what is no ordinary file: a pipe could be waited for, a device be read, without end."""
+    if not stat.S_ISREG(state.st_mode):
+        raise DataError("a folder" if stat.S_ISDIR(state.st_mode) else "not a regular file")
+
+
+def open_picture(source: str | Path | BinaryIO) -> Image.Image:
+    """Open a picture file in one of FORMATS, or a phone's HEIC where pillow-heif is installed; raises DataError."""
+    try:
+        return Image.open(source, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        with contextlib.nullcontext(source) if hasattr(source, "read") else Path(source).open("rb") as file:
+            file.seek(0)
+            start = file.read(64)
+        if not HEIC.match(start):
+            is_empty = not start and isinstance(source, str | Path)
+            raise DataError("empty file" if is_empty else "not a picture that Pillow can read") from error
+        try:
+            import pillow_heif
+        except ImportError:
+            raise DataError(
+                "a HEIC picture, as phones take them; first run `pip install pillow-heif`, or save it as JPEG"
+            ) from error
+    pillow_heif.register_heif_opener()
+    return Image.open(source, formats=("HEIF",))
+
+
+def orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8 as EXIF counts; 1 if its data is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (ValueError, SyntaxError, TypeError, KeyError, struct.error):
+        return 1
+
+
+def turned(extent: tuple[float, float], turn: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box that a picture fills in an image of this `size`, after it was turned; before, it began at (0, 0).
+
+    A JPEG that is decoded at a fraction of its size ends in a part of a pixel.
+    """
+    width, height = extent[::-1] if turn > 4 else extent
+    left = size[0] - width if turn in (2, 3, 6, 7) else 0
+    top = size[1] - height if turn in (3, 4, 7, 8) else 0
+    return left, top, left + width, top + height
+
+
+def resize_picture(
+    image: Image.Image,
+    sizing: Sizing,
+    width: int,
+    size: tuple[int, int] | None = None,
+    content: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
     """The middle of a picture, antialiased: `side` pixels of its shorter side and at most `width` of the longer one.
 
-    Only what is kept is computed, at the very pixels that torchvision's `Resize` and `CenterCrop` would give.
+    Only what is kept is computed, at the very pixels that torchvision's `Resize` and `CenterCrop` would give. An image
+    that was decoded at a fraction of its `size` has the picture in the box `content`.
     """
-    whole = [sizing.shorter * pixels // min(image.size) for pixels in image.size]
+    size, (left, top, right, bottom) = size or image.size, content or (0, 0, *image.size)
+    side, resampling = sizing.side, Image.Resampling[sizing.interpolation.upper()]
+    whole = [sizing.shorter * pixels // min(size) for pixels in size]
     long = min(max(whole), width)
-    size = (long, sizing.side) if image.width >= image.height else (sizing.side, long)
-    first = [round((pixels - kept) / 2) for pixels, kept in zip(whole, size, strict=True)]
-    last = [start + kept for start, kept in zip(first, size, strict=True)]
-    scale = [has / pixels for has, pixels in zip(image.size, whole, strict=True)]
-    box = tuple(place * by for place, by in zip(first + last, scale + scale, strict=True))
-    return image.resize(size, Image.Resampling[sizing.interpolation.upper()], box)
+    kept = (long, side) if size[0] >= size[1] else (side, long)
+    # The square in the middle of what is kept is the one in the middle of the whole.
+    x, y = (round((full - side) / 2) - round((part - side) / 2) for full, part in zip(whole, kept, strict=True))
+    by_x, by_y = (right - left) / whole[0], (bottom - top) / whole[1]
+    x, y, end_x, end_y = left + x * by_x, top + y * by_y, left + (x + kept[0]) * by_x, top + (y + kept[1]) * by_y
+    # Pillow rounds between the two directions, and bicubic resizing clips there, too. Where it would not begin with the
+    # same for what is kept as for the whole, it is told with which.
+    first = is_height_first(image.size, whole)
+    if first != is_height_first(image.size, kept):
+        if first:
+            image, y, end_y = image.resize((image.width, kept[1]), resampling, (0, y, image.width, end_y)), 0, kept[1]
+        else:
+            image, x, end_x = image.resize((kept[0], image.height), resampling, (x, 0, end_x, image.height)), 0, kept[0]
+    return image.resize(kept, resampling, (x, y, end_x, end_y))
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The picture turned as the camera was held; as it is if its EXIF data is damaged."""
-    try:
-        return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
-    except (ValueError, SyntaxError, TypeError, KeyError, struct.error):
-        return image
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """Any kind of picture in 8-bit RGB; transparent parts become white, 16-bit and float greys are scaled."""
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        low, high = (grey.min(), grey.max()) if image.mode == "F" else (0, 65535)
-        image = Image.fromarray(((grey - low) / max(high - low, 1e-9) * 255).clip(0, 255).astype(np.uint8))
-    if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()
-        return image
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def is_height_first(old: tuple[int, int], new: Sequence[int]) -> bool:
+    """Whether Pillow 13 resizes from one (width, height) to another by the height first, as tall pictures are."""
+    return old[1] > new[1] and old[1] - new[1] > 2 * (old[0] - new[0])
 
 
 class Decoded(NamedTuple):
@@ -133,6 +231,7 @@ class Decoded(NamedTuple):
     tall: Tensor  # bool (N,)
     sizes: Tensor  # int64 (N, 2): width and height of the file
     bad: list[tuple[str, str]]  # path and reason of files that cannot be read; their pictures are black, their extent 0
+    values: list[Values]  # of the pictures that had pixels wider than 8 bits
 
 
 @dataclass
@@ -149,13 +248,15 @@ class Files(torch.utils.data.Dataset):
 
     def __getitem__(self, rows: list[int]) -> Decoded:
         images = np.zeros((len(rows), self.side, self.width, 3), np.uint8)
-        extent, tall, sizes, bad = [], [], [], []
+        extent, tall, sizes, bad, values = [], [], [], [], []
         for image, path in zip(images, map(os.fsdecode, self.paths[rows].tolist()), strict=True):
             try:
-                picture, size = read_picture(path, self.sizing, self.width)
+                picture, size, wide = decode(path, self.sizing, self.width)
             except DataError as error:
-                picture, size = image[:0, :0], (0, 0)
+                picture, size, wide = image[:0, :0], (0, 0), None
                 bad.append((path, str(error)))
+            if wide:
+                values.append(wide)
             tall.append(picture.shape[0] > picture.shape[1])
             picture = picture.swapaxes(0, 1) if tall[-1] else picture
             image[: picture.shape[0], : picture.shape[1]] = picture
@@ -167,4 +268,5 @@ class Files(torch.utils.data.Dataset):
             torch.tensor(tall, dtype=torch.bool),
             torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
             bad,
+            values,
         )

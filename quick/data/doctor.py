@@ -13,9 +13,11 @@ from quick.data.stores import Enlarged
 from quick.data.streaming import free_memory
 from quick.errors import printable
 
+FLAT = 8  # standard deviation of 0..255, below which there is nothing to see on a picture
+
 
 def describe(sets: list[Pictures]) -> str:
-    """Pictures a class and split, sizes, memory, copies, and the mean and std to paste into a config."""
+    """Pictures a class and split, sizes, memory, copies, empty pictures, and what to paste into a config."""
     classes = sets[0].classes
     width = max(len(name) for name in [*classes, "class"])
     lines = [f"{'class':{width}}" + "".join(f"{pictures.split:>10}" for pictures in sets)]
@@ -36,11 +38,38 @@ def describe(sets: list[Pictures]) -> str:
         copies = duplicates(sets[0], pictures)
         example = f", first {printable(' = '.join(copies[0]))}" if copies else ""
         lines.append(f"copies    {len(copies)} {pictures.split} pictures are in {sets[0].split} too{example}")
+    for pictures in sets:
+        lines += [f"flat      {line}" for line in flat_in_words(pictures)]
     lines.append("")
 
     for name, values in (("mean", sets[0].mean), ("std", sets[0].std)):
         lines.append(f"{name} = [{', '.join(f'{value:.4f}' for value in values)}]")
+    if sets[0].levels:  # of pixels wider than 8 bits
+        lines.append(f"levels = [{', '.join(f'{value:g}' for value in sets[0].levels)}]")
     return "\n".join(lines)
+
+
+def flat_in_words(pictures: Pictures) -> list[str]:
+    """How many pictures have nothing on them, in lines such as `3 train pictures are nearly black, first a.png`."""
+    lines = []
+    for what, places in flat(pictures).items():
+        name = f"number {places[0]}" if pictures.paths is None else os.fsdecode(pictures.paths[places[0]])
+        lines.append(printable(f"{len(places):,} {pictures.split} pictures are {what}, first {name}"))
+    return lines
+
+
+def flat(pictures: Pictures) -> dict[str, list[int]]:
+    """The places of pictures that are nearly black, nearly white or of one colour, as the network sees their centre."""
+    rows = torch.arange(len(pictures)) if pictures.rows is None else pictures.rows.cpu()
+    batches, found, start = rows.to(pictures.labels.device).split(pictures.evaluation_batch), {}, 0
+    for images in pictures.store.read(batches):
+        values = images.flatten(2).float()
+        for place in (values.std(2, correction=0).amax(1) < FLAT).nonzero().flatten().tolist():
+            mean = values[place].mean().item()
+            what = "nearly black" if mean < 4 * FLAT else "nearly white" if mean > 255 - 4 * FLAT else "of one colour"
+            found.setdefault(what, []).append(start + place)
+        start += len(images)
+    return found
 
 
 def duplicates(train_set: Pictures, test_set: Pictures) -> list[tuple[str, str]]:

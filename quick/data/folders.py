@@ -4,19 +4,21 @@ import itertools
 import math
 import os
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from quick.cli import log, progress_bar
 from quick.data.batching import balanced
-from quick.data.decoding import Decoded, Files, Sizing
+from quick.data.decoding import Decoded, Files, Sizing, open_picture
+from quick.data.doctor import flat
 from quick.data.listing import Listing
 from quick.data.pictures import Pictures, histogram, statistics
+from quick.data.pixels import levels_of
 from quick.data.stores import InMemory, Streamed
-from quick.data.streaming import decoder, free_memory
+from quick.data.streaming import Budget, decoder
 from quick.errors import DataError, printable
 from quick.processes import Group
 
@@ -28,14 +30,16 @@ def read_files(
     limit: int,
     device: torch.device,
     workers: int,
-    memory_share: float,
+    budget: Budget,
     strict: bool,
+    find_levels: bool,
     group: Group,
 ) -> Pictures:
     """Decode and check all pictures of a listing once; keep them in memory if they fit, else stream them.
 
-    They fit if they take at most `memory_share` of what is free. Bad files are named and left out; raises DataError for
-    them if `strict`, and where too few are left.
+    They fit if the `budget` of all sets has room for them. Bad files are named and left out; raises DataError for
+    them if `strict`, and where too few are left. With `find_levels` pictures wider than 8 bits a pixel set the sizing's
+    levels, and all are read again with these.
     """
     labels = torch.tensor([listing.classes.index(name) for _, name in listing.files])
     chosen = balanced(labels, listing.classes, limit) if limit else torch.arange(len(labels))
@@ -47,9 +51,14 @@ def read_files(
 
     # Each process collects them in the machine's memory, then they move to the device.
     size = len(paths) * files.side * files.width * 3
-    on_device, in_machine = (memory_share * free_memory(place) for place in (device, torch.device("cpu")))
-    fits = all(group.all_gather(size <= on_device and size * group.local_size <= in_machine))
+    fits = budget.take(size)
     decoded, counts = decode_all(files, workers=workers, keep=fits, name=f"reading {listing.split}", group=group)
+    if find_levels and decoded.values:
+        levels = levels_of(decoded.values)
+        del decoded  # its memory is needed again
+        files = replace(files, sizing=sizing._replace(levels=levels))
+        name = f"reading {listing.split}, values {levels[0]:g} to {levels[1]:g}"
+        decoded, counts = decode_all(files, workers=workers, keep=fits, name=name, group=group)
     if fits:
         is_square = files.width == files.side
         images = decoded.images.permute(0, 3, 1, 2)
@@ -68,12 +77,19 @@ def read_files(
         listing.split,
         paths=paths,
         file_sizes=tuple(tuple(decoded.sizes[place].tolist()) for place in extremes),
+        levels=files.sizing.levels,
         bad=listing.bad + decoded.bad,
     )
     if good.any():
         pictures.mean, pictures.std = statistics(counts)
     pictures = pictures if good.all() else pictures.take(good.nonzero().squeeze(1))
     check_bad_files(pictures, strict)
+    some = min(64, pictures.evaluation_batch)
+    sample = pictures.take(torch.arange(0, len(pictures), math.ceil(len(pictures) / some)))
+    for what, places in flat(sample).items():
+        if 2 * len(places) > len(sample):
+            path = os.fsdecode(sample.paths[places[0]])
+            log.warning(f"most {listing.split} pictures are {what}, {path} among them; python datasets.py tells more")
     return pictures
 
 
@@ -86,6 +102,7 @@ def decode_all(files: Files, *, workers: int, keep: bool, name: str, group: Grou
     images = torch.zeros((count if keep else 0, files.side, files.width, 3), dtype=torch.uint8)
     extent, tall = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.uint8)
     sizes, bad, counts = torch.zeros(count, 2, dtype=torch.int64), [], torch.zeros(3, 256, dtype=torch.int64)
+    values = []
     workers = workers if count > 1000 else 0  # to start processes costs time, most where they import torch again
     # To hand over costs time, but what waits for it has to fit into 64 MB of shared memory (Docker's default).
     most = max(1, min(4000, 2**23 // (files.side * files.width * max(1, workers))))
@@ -101,12 +118,14 @@ def decode_all(files: Files, *, workers: int, keep: bool, name: str, group: Grou
             counts += histogram(decoded.images.permute(0, 3, 1, 2))
             extent[place], tall[place], sizes[place] = decoded.extent, decoded.tall, decoded.sizes
             bad += decoded.bad
+            values += decoded.values
             progress.update(len(rows))
     for tensor in (images, extent, tall, sizes, counts):  # which are zero for the other processes' files
         group.all_reduce(tensor)
     bad = sorted(itertools.chain(*group.all_gather(bad)))
+    values = [*itertools.chain(*group.all_gather(values))]
     counts[:, 0] -= files.side * (files.width - extent).sum()  # the black beside the pictures does not count
-    return Decoded(images, extent, tall.bool(), sizes, bad), counts
+    return Decoded(images, extent, tall.bool(), sizes, bad, values), counts
 
 
 def stored_width(paths: np.ndarray, sizing: Sizing) -> int:
@@ -114,7 +133,7 @@ def stored_width(paths: np.ndarray, sizing: Sizing) -> int:
     longest = 1.0
     for path in paths[:: max(1, len(paths) // 64)]:
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(os.fsdecode(path)) as image:
+            with warnings.catch_warnings(action="ignore"), open_picture(os.fsdecode(path)) as image:
                 longest = max(longest, max(image.size) / min(image.size))
         except Exception:  # bad files are named when all are read
             continue
@@ -136,6 +155,6 @@ def check_bad_files(pictures: Pictures, strict: bool) -> None:
         log.warning(f"left out: {len(lines) - 20} more files")
     counts = torch.bincount(pictures.labels.cpu(), minlength=len(pictures.classes)).tolist()
     if pictures.split == "train" and 0 in counts:
-        raise DataError(f"class {pictures.classes[counts.index(0)]!r} has no readable training pictures")
+        raise DataError(f"class '{pictures.classes[counts.index(0)]}' has no readable training pictures")
     if not len(pictures):
         raise DataError(f"no readable {pictures.split} pictures")

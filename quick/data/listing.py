@@ -1,15 +1,27 @@
-"""Which files of a folder are in which split and class: the layouts of folders, and what is held out."""
+"""Which files of a folder are in which split and class: the layouts of folders."""
 
-import hashlib
 import os
-import unicodedata
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from quick.errors import DataError
+from quick.cli import read_text
+from quick.data.holdout import held_out, names_below
+from quick.data.tree import Folder, Place, in_words, path_of, search, tell_left_out
+from quick.errors import DataError, LimitError, composed, printable
 
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+SPLITS = {  # and the words in the names of their folders
+    "train": ("train", "training", "训练"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation", "验证"),
+    "test": ("test", "testing", "测试"),
+}
+BESIDE = ("set", "sets", "data", "dataset", "split", "image", "images", "img", "imgs", "pictures", "photos", "集")
+WORD = re.compile(rf"({'|'.join(word for words in SPLITS.values() for word in words)})({'|'.join(BESIDE)})?")
+LABEL_BYTES = 4096  # at most, of a label file, which holds one name
+
+Tree = dict[Place, Folder]
 
 
 class Listing(NamedTuple):
@@ -22,101 +34,195 @@ class Listing(NamedTuple):
 
 
 def find_files(root: Path, splits: Sequence[str], fraction: float) -> dict[str, Listing]:
-    """The picture files of each split, with their classes, in one of three layouts:
+    """The picture files of each split, with their classes; without `splits` of all that the folder has.
 
-    `<split>/<class>/*` (with `val/` for `test/`), `<split>/<name>_image/*` with `<split>/<name>_label/*.txt`, or
-    `<class>/*` without splits, of which `fraction` is held out. Raises DataError.
+    The layouts are `<split>/<class>/*` (with `val/` for `test/`), `<split>/<name>_image/*` with
+    `<split>/<name>_label/*.txt`, or `<class>/*` without splits, of which about `fraction` is held out (0: a fifth).
+    With a fraction, `val/` alone is the test set, since training gives the validation set. The split "whole" is all
+    that can be tested: `test/`, else `val/`, else all pictures. Says in one line what is left out. Raises DataError.
     """
-    if not any((root / name).is_dir() for name in ("train", "test", "val")):
+    tree = search(root)
+    parts = find_parts(tree, root)
+    if "whole" in splits:
+        split = next((split for split in ("test", "val") if split in parts), "whole")
+        files, bad = list_files(tree, root, parts.get(split, parts.get("train", ())))
+        found = {"whole": Listing(split, class_names(root, files, least=1), files, bad)}
+    elif set(parts) <= {"train"}:
         if not set(splits) <= {"train", "test"}:
             raise DataError(f"{root}: it has no folders train/ and test/, only these two splits can be made of it")
-        return split_files(root, fraction)
-    has_train, has_test = (root / "train").is_dir(), (root / "test").is_dir()
-    found, classes = {}, []
-    for split in dict.fromkeys(["train", *splits] if has_train else splits):  # the training set names the classes
-        part = root / "val" if split == "test" and not has_test and (root / "val").is_dir() else root / split
-        if not part.is_dir():
-            raise DataError(f"{root}: no folder {split}/ in it; wanted are train/<class>/* and test/<class>/*")
-        files, bad = list_files(part)
-        if not files:
-            raise DataError(f"{part}: no class folders with pictures in it")
-        classes = classes or class_names(part, files, least=2 if split == "train" else 1)
-        for name in sorted({name for _, name in files} - set(classes)):
-            raise DataError(f"{part}: class {name!r} is not in {root / 'train'}, which has: {', '.join(classes)}")
-        found[split] = Listing(split, classes, files, bad)
+        found = split_files(tree, root, parts.get("train", ()), fraction or 0.2)
+    else:
+        found = split_by_folders(tree, root, parts, splits, fraction)
+    tell_left_out(root, left_out(tree, list(parts.values()) or [()]))
     return found
 
 
-def split_files(root: Path, fraction: float) -> dict[str, Listing]:
-    """The files of `root/<class>/*`, with `fraction` of each class held out.
+def split_by_folders(
+    tree: Tree, root: Path, parts: dict[str, Place], splits: Sequence[str], fraction: float
+) -> dict[str, Listing]:
+    """The files of each split's own folder; the training set names the classes. Raises DataError."""
+    found, classes, has_both = {}, [], {"val", "test"} <= set(parts)
+    if not splits and has_both and fraction:
+        held = root.joinpath(*parts["val"])
+        raise LimitError(f"--val-fraction {fraction:g}: {held} is the validation set already; leave the flag out")
+    splits = splits or (tuple(SPLITS) if has_both else ("train", "test"))
+    for split in dict.fromkeys(["train", *splits] if "train" in parts else splits):
+        source = "val" if split == "test" and "test" not in parts else split
+        if source not in parts:
+            raise DataError(f"{root}: no folder {split}/ in it; wanted are train/<class>/* and test/<class>/*")
+        part = root.joinpath(*parts[source])
+        files, bad = list_files(tree, root, parts[source])
+        if not files:
+            raise DataError(f"{part}: no class folders with pictures in it, and its name is that of a split")
+        classes = classes or class_names(part, files, least=2 if split == "train" else 1)
+        for name in sorted({name for _, name in files} - set(classes)):
+            train = root.joinpath(*parts["train"])
+            raise DataError(f"{part}: class '{name}' is not in {train}, which has: {', '.join(classes)}")
+        found[split] = Listing(split if fraction else source, classes, files, bad)
+    return found
 
-    A hash of a file's name decides, so that what was held out stays so when files are added. Raises DataError.
-    """
-    files, bad = list_files(root)
-    classes, held_out = class_names(root, files), set()
-    for name in classes:
-        of_class = sorted((hash_fraction(path, root), path) for path, class_name in files if class_name == name)
-        count = sum(place < fraction for place, _ in of_class)
-        count = min(max(count, 1), len(of_class) - 1)  # some on either side
-        held_out |= {path for _, path in of_class[:count]}
-    train_files = [(path, name) for path, name in files if path not in held_out]
-    val_files = [(path, name) for path, name in files if path in held_out]
-    if not val_files:
-        raise DataError(f"{root}: one picture a class; put at least two into each, one of which is held out")
+
+def split_files(tree: Tree, root: Path, place: Place, fraction: float) -> dict[str, Listing]:
+    """The files of `<class>/*` at this place below the root, with about `fraction` held out; raises DataError."""
+    part, (files, bad) = root.joinpath(*place), list_files(tree, root, place)
+    classes = class_names(part, files)
+    is_out = held_out(names_below(part, [path for path, _ in files]), [name for _, name in files], fraction, root)
+    train_files, val_files = (
+        [file for file, out in zip(files, is_out, strict=True) if out is side] for side in (False, True)
+    )
     return {"train": Listing("train", classes, train_files, bad), "test": Listing("val", classes, val_files, [])}
 
 
-def list_files(part: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """The picture files below a split, each with its class; and what is wrong there, each with its reason."""
-    files, bad = [], []
-    for folder in sorted(path for path in part.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        labels = folder.with_name(folder.name.removesuffix("_image") + "_label")
-        if folder.name.endswith("_label") and folder.with_name(folder.name.removesuffix("_label") + "_image").is_dir():
-            continue
-        pictures = list_pictures(folder)
-        if not (folder.name.endswith("_image") and labels.is_dir()):
-            if not pictures:
-                raise DataError(f"{folder}: no pictures in it")
-            files += [(path, folder.name) for path in pictures]
-            continue
-        stems = [Path(path).stem for path in pictures]
-        for stem, path in zip(stems, pictures, strict=True):
-            try:
-                name = (labels / f"{stem}.txt").read_text(encoding="utf-8").strip()
-            except (OSError, ValueError):
-                bad.append((path, f"no label: {labels / stem}.txt cannot be read"))
-                continue
-            if name and name.isprintable():
-                files.append((path, name))
-            else:
-                bad.append((path, "its label file holds no class name"))
-        alone = {path.stem for path in labels.glob("*.txt")} - set(stems)
-        bad += [(str(labels / f"{stem}.txt"), "label without a picture") for stem in sorted(alone)]
+# ---- splits --------------------------------------------------------------------------------------------------------
+
+
+def find_parts(tree: Tree, root: Path) -> dict[str, Place]:
+    """Where train, val and test are, by the names of folders at the top; empty if these are classes.
+
+    `Training`, `test_set` or `seg_train` are names of splits too, and `seg_train/seg_train` is looked into. A folder
+    with such a name is a class if pictures are directly in it and other classes are beside it. Raises DataError where
+    it may be both.
+    """
+    names, groups = dict.fromkeys(place[0] for place in tree if place), defaultdict(dict)
+    for name in names:
+        split, rest = split_of(name)
+        if split and name.endswith("_image") and is_label_place(tree, (label_name(name),)):
+            raise DataError(f"{root}: put {name}/ and {label_name(name)}/ into a folder {split}/")
+        if split and groups[rest].setdefault(split, name) != name:
+            raise DataError(f"{root}: {groups[rest][split]}/ and {name}/ would both be the {split} pictures; keep one")
+    sides = groups.get((), {})
+    for found in groups.values():  # such as seg_train and seg_test
+        sides = sides or (found if "train" in found and len(found) > 1 else {})
+    filled = {place[0] for place, folder in tree.items() if place and folder.pictures}
+    others = sorted(filled - set(sides.values()))
+    nested = [name for name in sides.values() if name in filled and not tree[(name,)].pictures]
+    if others and not nested:
+        return {}
+    if others and (len(nested) < len(sides) or "train" not in sides or len(sides) == 1):
+        raise DataError(
+            f"{root}: {nested[0]}/ looks like a split, {others[0]}/ beside it like a class; move or rename one of them"
+        )
+    return {split: innermost(tree, (name,)) for split, name in sides.items()}
+
+
+def split_of(name: str) -> tuple[str, tuple[str, ...]]:
+    """The split that a folder's name tells, empty if it tells none, and what else is in the name."""
+    words = re.findall(r"[^\W\d_]+", composed(name).casefold())
+    told = [found[1] for word in words if (found := WORD.fullmatch(word))]
+    rest = tuple(word for word in words if word not in BESIDE and not WORD.fullmatch(word))
+    split = next((split for split in SPLITS if len(told) == 1 and told[0] in SPLITS[split]), "")
+    return split, rest
+
+
+def innermost(tree: Tree, place: Place) -> Place:
+    """This place, or the one folder in it if that is a split of the same name again, as Kaggle's archives have it."""
+    deeper = {other[: len(place) + 1] for other in tree if len(other) > len(place) and other[: len(place)] == place}
+    [only] = deeper if len(deeper) == 1 else [place]
+    again = split_of(only[-1]) == split_of(place[-1]) and not tree[only].pictures and not tree[place].pictures
+    return only if again else place
+
+
+# ---- classes -------------------------------------------------------------------------------------------------------
+
+
+def list_files(tree: Tree, root: Path, part: Place) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The picture files below a part of the root, each with its class; and what is wrong there, each with its reason.
+
+    A class has one name, in whichever form of Unicode its folders are written. Raises DataError for one without
+    pictures.
+    """
+    files, bad, classes = [], [], defaultdict(list)
+    for place, folder in tree.items():
+        if len(place) > len(part) and place[: len(part)] == part and not is_label_place(tree, place, len(part)):
+            classes[place[len(part)]].append((f"{path_of(root, place)}{os.sep}", folder))
+    for name, folders in classes.items():
+        paths = [f"{path}{file}" for path, folder in folders for file in folder.pictures]
+        if name.endswith("_image") and is_label_place(tree, (*part, label_name(name))):
+            labelled, wrong = label_files(root.joinpath(*part, label_name(name)), paths)
+            files, bad = files + labelled, bad + wrong
+        elif paths:
+            files += [(path, composed(name)) for path in paths]
+        elif not any(folder.is_ours for _, folder in folders):
+            counts = sum((folder.left_out for _, folder in folders), Counter())
+            raise DataError(
+                f"{root.joinpath(*part, name)}: no pictures in it{f'; left out: {in_words(counts)}' if counts else ''}"
+            )
     return files, bad
 
 
-def list_pictures(root: Path) -> list[str]:
-    """All picture files below a folder, by their endings, in the order of their names; hidden ones are left out."""
-    found = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures = (name for name in sorted(names) if name.lower().endswith(PICTURE_ENDINGS) and name[0] != ".")
-        found += [f"{folder}{os.sep}{name}" for name in pictures]
-    return found
+def label_name(name: str) -> str:
+    """The name of the folder that holds the labels of the pictures in `<name>_image`."""
+    return name.removesuffix("_image") + "_label"
+
+
+def is_label_place(tree: Tree, place: Place, depth: int = -1) -> bool:
+    """Whether the folder at this depth of a place holds labels: `<name>_label` beside `<name>_image`."""
+    name, above = place[depth], place[:depth]
+    pair = (*above, name.removesuffix("_label") + "_image")
+    return name.endswith("_label") and place in tree and pair in tree
+
+
+def label_files(labels: Path, paths: Sequence[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The pictures, each with the class that the text file of the same name holds; and what is wrong with which."""
+    with os.scandir(labels) as entries:  # a pipe or device is no label file
+        texts = [entry for entry in entries if entry.name.endswith(".txt") and entry.name[0] != "." and entry.is_file()]
+    by_stem = {composed(Path(entry).stem): entry for entry in texts if entry.stat().st_size <= LABEL_BYTES}
+    files, bad, stems = [], [], set()
+    for path in paths:
+        stem = composed(Path(path).stem)
+        stems.add(stem)
+        try:
+            name = composed(read_text(Path(by_stem[stem])).strip())
+        except (OSError, ValueError, KeyError):
+            bad.append((path, f"no label: {labels / Path(path).stem}.txt cannot be read"))
+            continue
+        if name and printable(name) == name:
+            files.append((path, name))
+        else:
+            bad.append((path, "its label file holds no class name"))
+    alone = sorted(entry.path for entry in texts if composed(Path(entry).stem) not in stems)
+    return files, bad + [(path, "label without a picture") for path in alone]
 
 
 def class_names(part: Path, files: list[tuple[str, str]], least: int = 2) -> list[str]:
     """The classes of these files, sorted; raises DataError when there is nothing to tell apart."""
     classes = sorted({name for _, name in files})
-    if strange := [name for name in classes if not name.isprintable()]:
-        raise DataError(f"{part}: class {strange[0]!r} has control characters in its name; rename its folder")
+    if strange := [name for name in classes if printable(name) != name]:
+        raise DataError(f"{part}: class '{strange[0]}' has control characters in its name; rename its folder")
     if len(classes) < least:
-        found = f"one class alone, {classes[0]!r}" if classes else "no class folders with pictures"
-        raise DataError(f"{part}: {found}; a classifier needs at least 2")
+        found = f"one class alone, '{classes[0]}'" if classes else "no class folders with pictures"
+        raise DataError(f"{part}: {found}; a classifier needs at least {least}")
     return classes
 
 
-def hash_fraction(path: str, root: Path) -> float:
-    """A number in [0, 1) from a file's name below `root`: the same on every machine and in every Unicode form."""
-    name = unicodedata.normalize("NFC", Path(path).relative_to(root).as_posix()).encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.md5(name, usedforsecurity=False).digest()[:6]) / 2**48
+def left_out(tree: Tree, parts: Sequence[Place]) -> Counter[str]:
+    """What is in the folder and in none of the classes of these parts, in words, and how often."""
+    counts = Counter()
+    for place, folder in tree.items():
+        part = next((part for part in parts if place[: len(part)] == part), None)
+        is_label = part is not None and len(place) > len(part) and is_label_place(tree, place, len(part))
+        counts.update({} if is_label else folder.left_out)
+        if folder.pictures and (part is None or place == part or is_label):
+            what = "pictures beside the class folders" if place == part else f"pictures in {Path(*place)}{os.sep}"
+            counts[what] += len(folder.pictures)
+    return counts

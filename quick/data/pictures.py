@@ -1,7 +1,9 @@
 """A set of pictures with labels, and the batches that training and evaluation take from it, on the device."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from quick.data.augment import Augment, Draws, augment_images, augments
 from quick.data.batching import batch_slices, shard
+from quick.data.holdout import held_out, names_below
 from quick.data.stores import Enlarged, InMemory, Streamed
 from quick.errors import LimitError
 from quick.processes import ALONE, Group
@@ -38,6 +41,7 @@ class Pictures:
     rows: Tensor | None = None  # int64 (N,), on the device: where the store has them; None: all, in its order
     paths: np.ndarray | None = None  # of the files, as bytes
     file_sizes: tuple[tuple[int, int], ...] = ((32, 32),)  # smallest and largest (width, height)
+    levels: tuple[float, float] | None = None  # of pixels wider than 8 bits: what became 0 and 255
     bad: list[tuple[str, str]] = field(default_factory=list)  # files that were left out, and why
 
     def __len__(self) -> int:
@@ -149,19 +153,26 @@ class Pictures:
         rows = on_device if self.rows is None else self.rows[on_device]
         return replace(self, labels=self.labels[on_device], rows=rows, paths=paths)
 
-    def hold_out(self, fraction: float, seed: int) -> list["Pictures"]:
-        """Two sets: what remains for training, and `fraction` of every class for validation, drawn from the seed.
+    def hold_out(self, fraction: float, seed: int, root: str | Path = "") -> list["Pictures"]:
+        """Two sets: what remains for training, and `fraction` of every class for validation.
 
-        Raises LimitError where one of them would have fewer than two pictures.
+        Files are chosen by their names below `root`, as `quick.data.holdout` says; other pictures are drawn from the
+        seed. Raises LimitError where one of the sets would have fewer than two pictures.
         """
-        order, labels = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)), self.labels.cpu()
-        held_out = torch.zeros(len(self), dtype=torch.bool)
-        for label in range(len(self.classes)):
-            of_class = order[labels[order] == label]
-            held_out[of_class[: round(fraction * len(of_class))]] = True
-        if min(held_out.sum(), (~held_out).sum()) < 2:
+        labels = self.labels.cpu()
+        if self.paths is not None:
+            classes = [self.classes[label] for label in labels.tolist()]
+            names = names_below(root, map(os.fsdecode, self.paths.tolist()))
+            is_out = torch.tensor(held_out(names, classes, fraction, root))
+        else:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+            is_out = torch.zeros(len(self), dtype=torch.bool)
+            for label in range(len(self.classes)):
+                of_class = order[labels[order] == label]
+                is_out[of_class[: round(fraction * len(of_class))]] = True
+        if min(is_out.sum(), (~is_out).sum()) < 2:
             raise LimitError(f"--val-fraction {fraction} of {len(self)} pictures leaves too few on one side")
-        rest, val = (self.take(part.nonzero().squeeze(1)) for part in (~held_out, held_out))
+        rest, val = (self.take(part.nonzero().squeeze(1)) for part in (~is_out, is_out))
         return [rest, replace(val, split="val")]
 
 

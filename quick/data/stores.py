@@ -130,6 +130,8 @@ class Streamed:
 
     def read(self, indices: Sequence[Tensor], squares_at: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
         """Raises DataError for a file that cannot be read (any more)."""
+        if not indices:  # a run goes on behind the last step of an epoch
+            return
         rows = torch.cat([*indices]).cpu().split([len(part) for part in indices])  # one copy from a GPU, not many
         batches = [part.tolist() for part in rows]
         if len(batches) == 1:  # workers would take longer to start

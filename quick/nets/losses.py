@@ -22,8 +22,9 @@ def loss_function(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", l
 
     `kind` is one of LOSSES; `mse` and `l1` compare the logits with one-hot labels, as a regression does. Label
     smoothing takes this share of each label's weight and gives it to all classes evenly (Szegedy et al. 2016,
-    arxiv.org/abs/1512.00567, section 7). For no pictures the loss is 0, with gradients of 0.
+    arxiv.org/abs/1512.00567, section 7). The loss is float32; for no pictures it is 0, with gradients of 0.
     """
+    logits = logits.float()  # whatever the precision of the forward pass; the same in all processes of a group
     if not len(labels):
         return 0 * logits.sum()
     if kind == "cross_entropy":

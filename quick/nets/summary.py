@@ -132,11 +132,12 @@ def describe(path: str | Path, network: nn.Module, checkpoint: dict) -> str:
     count = sum(parameter.numel() for parameter in network.parameters())
     side, resize = checkpoint["image_size"], checkpoint["resize"]
     cut = f", the middle of {resize} pixels on the shorter side" if resize > side else ""
+    levels = "; values of wide pixels from {:g} to {:g}".format(*checkpoint["levels"]) if checkpoint["levels"] else ""
     rows = {
         "file": f"{path}, {Path(path).stat().st_size / 1e6:,.1f} MB, format {checkpoint['format']}",
         "network": f"{checkpoint['model']['name']} ({options}), {count:,} parameters",
         "classes": f"{len(checkpoint['classes'])}: {', '.join(checkpoint['classes'])}",
-        "pictures": f"{side} x {side} pixels, {checkpoint['interpolation']}{cut}",
+        "pictures": f"{side} x {side} pixels, {checkpoint['interpolation']}{cut}{levels}",
         "mean": ", ".join(f"{value:.4f}" for value in checkpoint["mean"]),
         "std": ", ".join(f"{value:.4f}" for value in checkpoint["std"]),
         "epoch": checkpoint["epoch"],
@@ -144,7 +145,8 @@ def describe(path: str | Path, network: nn.Module, checkpoint: dict) -> str:
     }
     lines = [f"{name:9} {what}" for name, what in rows.items()]
     for name in ("metrics", "config"):
-        lines += ["", name, *(f"    {key} = {json.dumps(value)}" for key, value in checkpoint[name].items())]
+        values = {key: json.dumps(value, ensure_ascii=False) for key, value in checkpoint[name].items()}
+        lines += ["", name, *(f"    {key} = {value}" for key, value in values.items())]
     return "\n".join(map(printable, lines))
 
 

@@ -1,5 +1,6 @@
 """Transfer learning: pretrained weights in a network, a new head, stages, freezing, training only the head."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Collection
 
@@ -10,16 +11,22 @@ from quick.errors import CheckpointError, NetworkError
 from quick.nets.losses import split_outputs
 
 FEWEST_STAGES = 4  # a network with fewer parts than this has its largest part divided
+AUXILIARY = re.compile(r"(network\.)?(aux\d|AuxLogits)\b")  # what GoogLeNet and Inception call auxiliary classifiers
 
 
 class Appended(nn.Module):
     """A whole network with a linear layer behind its outputs, as the tutorial adds one to VGG16's 1,000 outputs.
 
-    Takes float images `(N, 3, H, W)`, returns float logits `(N, classes)`.
+    Takes float images `(N, 3, H, W)`, returns float logits `(N, classes)`. The network loses its auxiliary classifiers:
+    they know nothing of the new classes, and no loss would reach their weights.
     """
 
     def __init__(self, network: nn.Module, outputs: int, classes: int):
         super().__init__()
+        if hasattr(network, "aux_logits"):  # GoogLeNet and Inception; they run no part that is None
+            network.aux_logits = False
+            for name in [name for name, _ in network.named_children() if AUXILIARY.match(name)]:
+                setattr(network, name, None)
         self.network = network
         self.head = nn.Linear(outputs, classes)
 
@@ -37,14 +44,24 @@ def transfer_weights(network: nn.Module, state_dict: dict, new: Collection[str],
     """
     own = network.state_dict()
     content = OrderedDict(state_dict) | {key: own[key] for key in new}
+    drop_auxiliary(content, own)
     if misfit := misfits(own, content):
         raise CheckpointError(f"{source}: its weights do not fit the network: {misfit}")
     content._metadata = getattr(state_dict, "_metadata", None)  # the versions of layers; some layers read theirs
     network.load_state_dict(content)
 
 
+def drop_auxiliary(given: dict, wanted: dict) -> None:
+    """Delete auxiliary classifiers' weights that are not `wanted` from the state_dict `given`.
+
+    Published networks have them, and so have networks with an appended head that earlier versions saved.
+    """
+    for key in [key for key in given if key not in wanted and AUXILIARY.match(key)]:
+        del given[key]
+
+
 def misfits(wanted: dict, given: dict) -> str:
-    """What is missing, unexpected or of another shape in the state_dict `given`, in words; empty when all fits.
+    """What is missing, unexpected or of another shape or type in the state_dict `given`, in words; empty if all fits.
 
     It is computed here, as `load_state_dict(strict=False)` tells only after it has changed the network.
     """
@@ -56,8 +73,14 @@ def misfits(wanted: dict, given: dict) -> str:
         for key in wanted
         if key in given and given[key].shape != wanted[key].shape
     ]
+    wrong_type = [
+        f"{key} {given[key].dtype}"
+        for key in wanted
+        if key in given and given[key].is_floating_point() != wanted[key].is_floating_point()
+    ]
     parts = []
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong_shape)):
+    found = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong_shape, "wrong type": wrong_type}
+    for what, names in found.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"{what}: {', '.join(names[:3])}{more}")
@@ -138,6 +161,10 @@ def train_mode(network: nn.Module) -> None:
             module.eval()
 
 
+class HeadReached(Exception):
+    """Ends a forward pass before the head, whose inputs are its value."""
+
+
 class HeadOnly(nn.Module):
     """A network of which only the last layer trains: all before it runs in eval mode and without gradients.
 
@@ -158,7 +185,7 @@ class HeadOnly(nn.Module):
         self.eval()
         image = torch.zeros(1, 3, image_size, image_size, device=self.head.weight.device)
         with torch.autocast(image.device.type, enabled=False):
-            same = torch.allclose(self(image), network(image), atol=1e-4)
+            same = torch.allclose(self(image), network(image), atol=1e-4, equal_nan=True)
         if not same:
             raise NetworkError("--freeze all: this network goes on behind its last layer; freeze a number of stages")
 
@@ -170,10 +197,17 @@ class HeadOnly(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The head's inputs for images `(N, 3, H, W)`: float `(N, ...)`, of the shape that the head takes."""
-        inputs = []
-        with self.head.register_forward_pre_hook(lambda _, given: inputs.append(given[0])), torch.no_grad():
-            self.network(images)
-        return inputs[0]
+
+        def leave(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            raise HeadReached(inputs[0])
+
+        # The head itself must not run: autocast of PyTorch 2.10 would remember its weights in the lower precision as
+        # they are without gradients, and use these where the head trains.
+        try:
+            with self.head.register_forward_pre_hook(leave), torch.no_grad():
+                self.network(images)
+        except HeadReached as reached:
+            return reached.args[0]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.tail(self.features(images))

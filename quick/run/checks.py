@@ -6,30 +6,38 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from quick.checkpoints import is_plain
+from quick.checkpoints import LONGEST_TEXT, is_plain
+from quick.errors import printable
 from quick.run.history import History
 from quick.run.settings import Config
 from quick.run.state import EpochTotals
 
-TRAINING = {"optimizer", "scaler", "step", "totals", "confidence", "history", "mistakes", "pictures"}
+TRAINING = {"optimizer", "scaler", "step", "totals", "confidence", "history", "mistakes", "pictures", "sets"}
 OTHER_VERSION = "is of another version, whose runs this one cannot resume"
 
 
 def wrong_training(checkpoint: dict, config: Config) -> str | None:
     """Why training cannot go on from a checkpoint, in words; None when it can. It may be a stranger's."""
     training = checkpoint.get("training")
-    if not isinstance(training, dict) or set(training) != TRAINING:
+    if not isinstance(training, dict) or set(training) | {"sets"} != TRAINING:  # earlier versions had no digests
         return OTHER_VERSION
-    if config.model != checkpoint["model"]["name"] or not isinstance(training["history"], list):
+    digests = training.get("sets", {})
+    if not isinstance(digests, dict) or not all(is_text(text) for pair in digests.items() for text in pair):
+        return "has digests of its pictures that are no text"
+    if config.model != checkpoint["model"]["name"]:
         return "has parts that do not belong together"
-    if len(training["history"]) != checkpoint["epoch"]:
+    try:
+        history = History.load(training["history"])
+    except ValueError:
+        return "has a history with impossible values"
+    if len(history) != checkpoint["epoch"]:
         return "has parts that do not belong together"
-    if not is_history(training["history"]):
+    if not is_history(history.epochs):
         return "has a history with impossible values"
     numbers, confidences = [training["step"], training["pictures"]], [training["confidence"]]
     if not all(type(number) is int for number in numbers):
         return "has totals of an epoch with impossible values"
-    if totals := training["totals"]:
+    if (totals := training["totals"]) is not None:
         types = {key.name: key.type for key in fields(EpochTotals)}
         has_all = isinstance(totals, dict) and totals.keys() == types.keys()
         if not has_all or not all(isinstance(totals[name], kind) for name, kind in types.items()):
@@ -41,14 +49,22 @@ def wrong_training(checkpoint: dict, config: Config) -> str | None:
     if not all(isinstance(number, int | float) and 0 <= number < 2**62 for number in numbers):
         return "has totals of an epoch with impossible values"
     for values in confidences:
-        if values is None and (config.hardest == 1 or not training["history"]):
+        if values is None and (config.hardest == 1 or not history.epochs):
             continue
         if not isinstance(values, Tensor) or values.shape != (training["pictures"],) or not values.is_floating_point():
             return "has no confidence in each of its pictures"
     mistakes = training["mistakes"]
-    if not isinstance(mistakes, list) or not all(isinstance(text, str) and text.isprintable() for text in mistakes):
+    are_lines = isinstance(mistakes, list) and len(mistakes) <= 10
+    if not are_lines or not all(is_text(text) and printable(text) == text for text in mistakes):
         return "has mistakes that are no text"
+    if not isinstance(training["scaler"], dict) or not is_plain(training["scaler"]):
+        return "has a scaler with impossible values"
     return None
+
+
+def is_text(value: object) -> bool:
+    """Whether this is a line that can be printed: three long names of classes, and what stands between them."""
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT
 
 
 def is_history(epochs: object) -> bool:
@@ -63,7 +79,7 @@ def is_history(epochs: object) -> bool:
             are_finite = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
             if not (are_finite and is_plain(metrics) and metrics["epoch"] == number):
                 return False
-    except (KeyError, TypeError, AttributeError, IndexError):
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError):
         return False
     return True
 
@@ -72,6 +88,8 @@ def check_momentum(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Raise ValueError unless all that is saved of the optimizer has the shapes of its weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for index, buffers in saved.items():
+        if len(buffers) > 10:
+            raise ValueError("its optimizer is another one")
         for value in buffers.values():
             if isinstance(value, Tensor):
                 fits = value.shape in (weights[index].shape, ())

@@ -7,13 +7,14 @@ from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
 
-from quick.cli import Parser, add_flags, flag, wrong_value
+from quick.cli import Parser, add_flags, expanded, flag, read_text, wrong_value
 from quick.errors import ConfigError, suggestion
 from quick.processes import Group
 from quick.run.settings import SETTINGS, Config
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "cifar_quick.toml"
 NAMES = tuple(key.name for key in SETTINGS)
+PATHS = ("data", "data_dir", "weights", "log_dir")  # settings that name files
 
 
 def parse_config(
@@ -43,10 +44,10 @@ def parse_config(
 def read_config(path: Path) -> Config:
     """The settings of a TOML file, on top of Config's own defaults; raises ConfigError."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or too deep
+    except (ValueError, RecursionError) as error:  # not TOML, not a known encoding, or too deep
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     for name in content:
         if name not in NAMES:
@@ -57,6 +58,7 @@ def read_config(path: Path) -> Config:
 def checked(values: dict, called: Callable[[str], str]) -> dict:
     """These values as a Config wants them; raises ConfigError for a wrong one, by what the user `called` it."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values |= {name: expanded(values[name]) for name in PATHS if isinstance(values.get(name), str)}
     if type(values.get("freeze")) is int:  # `freeze = 2` is what one writes into a file
         values["freeze"] = str(values["freeze"])
     for key in fields(Config):
@@ -92,7 +94,7 @@ def resolve(config: Config, pretrained: dict | None) -> Config:
 
     Raises ConfigError for settings that do not fit the weights.
     """
-    defaults = {"image_size": 32, "resize": 32, "interpolation": "bilinear", "mean": (), "std": ()}
+    defaults = {"image_size": 32, "resize": 32, "interpolation": "bilinear", "mean": (), "std": (), "levels": ()}
     source = pretrained or defaults
     size = config.image_size or source["image_size"]
     resize = config.resize
@@ -105,6 +107,8 @@ def resolve(config: Config, pretrained: dict | None) -> Config:
     config = replace(config, image_size=size, resize=resize)
     if config.interpolation == "auto":
         config = replace(config, interpolation=source["interpolation"])
+    if not config.levels:
+        config = replace(config, levels=tuple(source.get("levels") or ()))
     if not config.mean:
         config = replace(config, mean=tuple(source["mean"]), std=tuple(source["std"]))
     if not pretrained:

@@ -19,18 +19,19 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from quick.checkpoints import FORMAT, read, to_bytes, write_file
+from quick.checkpoints import FORMAT, read, to_bytes, write_file, wrong_classes
 from quick.cli import log, quoted
-from quick.errors import CheckpointError, ConfigError, TrainingError
+from quick.errors import CheckpointError, ConfigError, DataError, TrainingError
 from quick.nets.losses import confusion_counts, worst_pairs
 from quick.run.config import as_toml, to_plain
+from quick.run.files import INTERRUPTED, LOCK, epoch_file, epoch_files, epoch_of, is_empty, job_line, remove
 from quick.run.history import History
+from quick.run.manifest import PICTURES, Manifest
 from quick.run.settings import Config
 from quick.run.state import TrainState
 from quick.views.tensorboard import NoBoard, open_board
 
-INTERRUPTED = "interrupted.pt"  # the checkpoint in the middle of an epoch
-LOCK, LOCK_SECONDS = "run.lock", 6  # workers of a killed process notice within 5 seconds that it is gone
+LOCK_SECONDS = 6  # workers of a killed process notice within 5 seconds that it is gone
 
 
 class RunFolder:
@@ -41,6 +42,7 @@ class RunFolder:
         self.lock: FileLock | None = None
         self.board = NoBoard()  # TensorBoard's writer
         self.header = {}  # what all checkpoints of the run have in common
+        self.digests = {}  # of its sets of pictures
         self.history = History()
         self.unsaved = {}  # names of files that could not be written, and why
         self.best: memoryview | None = None  # the content of best.pt, until it is written
@@ -59,12 +61,13 @@ class RunFolder:
         if self.lock:
             remove(self.path / LOCK)  # Windows removes no open file; there the lock itself removes it
             self.lock.release()
-        if isinstance(error, TrainingError) and self.path and not self.unsaved:
-            files = [self.path / epoch_file(epoch) for epoch in range(1, len(self.history) + 1)]
-            good = [path for path in files if path.exists()]
-            error.add_note(f"last good checkpoint: {good[-1] if good else 'none yet'}")
         if isinstance(error, KeyboardInterrupt) and self.header:
             error.add_note(f"python train.py --resume {quoted(self.path)}")
+        elif isinstance(error, TrainingError) and self.header and not self.unsaved:
+            files = epoch_files(self.path)
+            error.add_note(f"last good checkpoint: {files[max(files)] if files else 'none yet'}")
+        elif isinstance(error, Exception) and self.header and (self.path / "config.toml").exists() and not self.unsaved:
+            error.add_note(f"once that is mended, python train.py --resume {quoted(self.path)} goes on")
 
     def reopen(self, path: Path) -> None:
         """Take the folder of an earlier run; raises ConfigError while another process trains it."""
@@ -94,11 +97,15 @@ class RunFolder:
             if config.run_name:
                 raise FileExistsError(errno.EEXIST, "another run has this folder", str(path))
 
-    def open(self, config: Config, options: dict, classes: list[str], state: TrainState, job: str) -> None:
+    def open(
+        self, config: Config, options: dict, classes: list[str], state: TrainState, manifest: Manifest, job: str
+    ) -> None:
         """Open all that is written into the folder, which is made for a new run; raises OSError.
 
-        `options` are the network's, and `job` is torchrun's name for the run.
+        `options` are the network's, `manifest` tells its pictures, and `job` is torchrun's name for the run.
         """
+        if error := wrong_classes(classes):  # which no checkpoint could be read with
+            raise DataError(f"{config.data}: {error}")
         is_new = self.path is None
         if is_new:
             self.create(config)
@@ -111,9 +118,12 @@ class RunFolder:
             "interpolation": config.interpolation,
             "mean": list(config.mean),
             "std": list(config.std),
+            "levels": list(config.levels) or None,
             "config": to_plain(config),
         }
-        self.history = state.history
+        self.history, self.digests = state.history, manifest.digests
+        if manifest.table:
+            write_file(self.path / PICTURES, manifest.table)
         write_file(self.path / "config.toml", (job_line(job) + as_toml(config)).encode())
         if is_new:
             self.board = open_board(self.path)
@@ -136,7 +146,7 @@ class RunFolder:
         self.attempt("metrics.jsonl", lambda: write_file(self.path / "metrics.jsonl", state.history.as_jsonl()))
         if is_best:
             self.best = to_bytes(self.checkpoint_of(state))
-        content, epoch = to_bytes(self.checkpoint_of(state) | {"training": state.state_dict()}), len(state.history)
+        content, epoch = to_bytes(self.checkpoint_of(state, training=True)), len(state.history)
         self.writing = self.background.submit(self.write_epoch, content, epoch, keep, line)
 
     def write_epoch(self, content: memoryview, epoch: int, keep: int, line: str) -> None:
@@ -147,9 +157,10 @@ class RunFolder:
         if self.save(epoch_file(epoch), content):
             remove(self.path / INTERRUPTED)
             if keep and not self.best:  # an older checkpoint may be needed to build best.pt
-                for old in range(1, epoch - keep + 1):
-                    remove(self.path / epoch_file(old))
-                    self.unsaved.pop(epoch_file(old), None)
+                for old, path in epoch_files(self.path).items():
+                    if old <= epoch - keep:
+                        remove(path)
+                self.unsaved = {name: why for name, why in self.unsaved.items() if epoch_of(name, epoch) > epoch - keep}
         tqdm.write(line)  # above the bar of the epoch in progress
         sys.stdout.flush()
 
@@ -158,7 +169,7 @@ class RunFolder:
         with contextlib.suppress(BrokenPipeError):  # the reader of the output may have ended by the same Ctrl-C
             self.finish_writing()
         self.save_best()
-        saved = self.save(INTERRUPTED, to_bytes(self.checkpoint_of(state) | {"training": state.state_dict()}))
+        saved = self.save(INTERRUPTED, to_bytes(self.checkpoint_of(state, training=True)))
         totals = state.totals
         where = "after its steps" if totals.step == totals.steps else f"step {totals.step}"
         how = "from there, to the same result" if saved else "from the checkpoint before"
@@ -170,7 +181,7 @@ class RunFolder:
         """Give the network the weights of the best epoch, in all processes; returns best.pt in the first one."""
         checkpoint = None
         if state.group.rank == 0:
-            checkpoint = read(self.path / "best.pt", state.device)
+            checkpoint = read(self.path / "best.pt")
             state.network.load_state_dict(checkpoint["state_dict"])
         state.group.broadcast(state.network.state_dict().values())
         return checkpoint
@@ -178,17 +189,26 @@ class RunFolder:
     def save_tested(
         self, state: TrainState, checkpoint: dict | None, metrics: dict, answers: tuple[Tensor, Tensor]
     ) -> None:
-        """Add the test of the best epoch to the history, and in the first process to TensorBoard and to best.pt.
+        """Add the test of the best epoch to the history, and in the first process to all that shows or saves it.
 
-        `answers` are class probabilities `(N, classes)` and labels `(N,)` of the test set.
+        `answers` are class probabilities `(N, classes)` and labels `(N,)` of the test set, `checkpoint` is best.pt. A
+        run that is killed before the last epoch's checkpoint is written tests again; metrics.jsonl, which tells whether
+        a run is finished, comes last.
         """
         best = state.history.best
         best |= metrics
-        if state.group.rank == 0:
-            state.mistakes = worst_pairs(confusion_counts(*answers), checkpoint["classes"])
-            for name, value in metrics.items():
-                self.board.add_scalar(f"{name.removeprefix('test_')}/test", value, best["step"])
-            self.save("best.pt", to_bytes(checkpoint | {"metrics": best}))
+        if state.group.rank:
+            return
+        state.mistakes = worst_pairs(confusion_counts(*answers), checkpoint["classes"])
+        for name, value in metrics.items():
+            self.board.add_scalar(f"{name.removeprefix('test_')}/test", value, best["step"])
+        self.save("best.pt", to_bytes(checkpoint | {"metrics": best}))
+        name = epoch_file(len(state.history))
+        if name not in self.unsaved and (self.path / name).exists():
+            last = read(self.path / name)
+            last["training"] |= {"history": state.history.state_dict(), "mistakes": state.mistakes}
+            self.save(name, to_bytes(last | {"metrics": state.history.epochs[-1]}))
+        self.attempt("metrics.jsonl", lambda: write_file(self.path / "metrics.jsonl", state.history.as_jsonl()))
 
     def save_best(self) -> None:
         """Write best.pt, if it waits to be written."""
@@ -220,6 +240,8 @@ class RunFolder:
         """Raise TrainingError if best.pt could not be saved: a file of that name is another epoch's."""
         self.finish_writing()
         self.save_best()
+        if self.path and not self.best and not (self.path / "best.pt").exists():  # somebody deleted it
+            self.rebuild_best(self.history)
         if "best.pt" in self.unsaved:
             raise TrainingError(f"not saved: best.pt ({self.unsaved['best.pt']})")
 
@@ -228,11 +250,11 @@ class RunFolder:
         if self.unsaved:
             raise TrainingError(f"not saved: {', '.join(f'{name} ({why})' for name, why in self.unsaved.items())}")
 
-    def checkpoint_of(self, state: TrainState) -> dict:
-        """What predict.py needs of the network as it is now."""
+    def checkpoint_of(self, state: TrainState, training: bool = False) -> dict:
+        """What predict.py needs of the network as it is now; with `training` also what resuming needs."""
         epochs = state.history.epochs
         now = {"state_dict": state.network.state_dict(), "epoch": len(epochs), "metrics": epochs[-1] if epochs else {}}
-        return self.header | now
+        return self.header | now | ({"training": state.state_dict() | {"sets": self.digests}} if training else {})
 
     def rebuild_best(self, history: History) -> None:
         """Build best.pt from its epoch's checkpoint, if the disk had no room for it, or it is gone."""
@@ -247,28 +269,9 @@ class RunFolder:
             return  # of an epoch that will be repeated, as the newest checkpoint is older; better than none
         try:
             checkpoint = read(self.path / epoch_file(epoch))
-            self.best = to_bytes({key: value for key, value in checkpoint.items() if key != "training"})
+            without = {key: value for key, value in checkpoint.items() if key != "training"}
+            self.best = to_bytes(without | {"metrics": history.best})
         except CheckpointError as error:
             log.warning(f"train.py: best.pt is not that of epoch {epoch}, and cannot be built again: {error}")
             self.unsaved["best.pt"] = f"its checkpoint, {epoch_file(epoch)}, is gone"
         self.save_best()
-
-
-def epoch_file(epoch: int) -> str:
-    return f"epoch_{epoch:03}.pt"
-
-
-def job_line(job: str) -> str:
-    """The first line of config.toml, by which processes that torchrun starts again find their run."""
-    return f"# torchrun {job}\n" if job else ""
-
-
-def is_empty(folder: Path) -> bool:
-    """Whether nothing is in it but a lock, which a process leaves that is killed before it writes anything."""
-    return {path.name for path in folder.iterdir()} <= {LOCK}
-
-
-def remove(path: Path) -> None:
-    """Remove a file, if it is there and nobody (a virus scanner, on Windows) has it open."""
-    with contextlib.suppress(OSError):
-        path.unlink()

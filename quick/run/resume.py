@@ -1,9 +1,10 @@
 """How a run begins: new, new from pretrained weights, resumed, or started again by torchrun."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from quick.errors import CheckpointError, ConfigError, DataError, reason, sugges
 from quick.processes import Group
 from quick.run.checks import OTHER_VERSION, check_momentum, is_history, wrong_training
 from quick.run.config import check_together, checked, read_config, resolve
-from quick.run.folder import INTERRUPTED, RunFolder, epoch_file, is_empty, job_line
+from quick.run.files import INTERRUPTED, epoch_file, epoch_files, is_empty, job_line
+from quick.run.folder import RunFolder
 from quick.run.history import History
+from quick.run.manifest import PICTURES, Manifest, make_manifest, other_pictures
 from quick.run.settings import Config
 from quick.run.state import TrainState, run_steps
 
@@ -63,8 +66,8 @@ def begin(
             reopen(start, run, restarted, {}, load)
         elif resume is not None:
             reopen(start, run, find_run(resume, config.log_dir, given), given, load)
-        elif config.run_name:
-            check_name(config)
+        else:
+            check_folder(config)
         check_together(start.config, group, own_networks)
         if not start.checkpoint:
             if start.config.weights != "none":
@@ -77,10 +80,14 @@ def begin(
     return start
 
 
-def check_name(config: Config) -> None:
-    """Raise ConfigError if there is a run of this name already."""
-    folder = Path(config.log_dir) / config.run_name
-    if folder.exists() and not (folder.is_dir() and is_empty(folder)):
+def check_folder(config: Config) -> None:
+    """Raise ConfigError where a new run could not be written, or if there is one of this name already."""
+    folder = Path(config.log_dir, config.run_name)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is no folder"
+        raise ConfigError(f"{flag('log_dir', config.log_dir)}: {nearest} {what}")
+    if config.run_name and folder.exists() and not (folder.is_dir() and is_empty(folder)):
         hint = f"; --resume {quoted(folder)} goes on with it" if (folder / "config.toml").exists() else ""
         raise ConfigError(f"--run-name {config.run_name}: {folder} exists already{hint}")
 
@@ -123,7 +130,16 @@ def is_unfinished(folder: Path, given: dict) -> bool:
     # A process that was killed may not have written the last epoch's checkpoint, and then does that epoch again.
     is_whole = (folder / epoch_file(len(epochs))).exists()
     ends = {name: value for name, value in given.items() if name in ("epochs", "patience")}
-    return not is_whole or not History(epochs).ended_by(replace(config, **ends))
+    return not is_whole or not History(epochs).ended_by(replace(config, **ends)) or awaits_test(folder, config, epochs)
+
+
+def awaits_test(folder: Path, config: Config, epochs: list[dict]) -> bool:
+    """Whether a run has chosen its best epoch on a validation set, and was killed before that was tested."""
+    history = History(epochs)
+    if history.split == "test" or "test_accuracy" in history.best:
+        return False
+    listed = folder / PICTURES  # of a folder of pictures, which may have no test set
+    return config.data in ("cifar10", "shapes") or (listed.exists() and b"\ntest," in listed.read_bytes())
 
 
 def find_job(job: str, log_dir: str) -> Path | None:
@@ -133,8 +149,9 @@ def find_job(job: str, log_dir: str) -> Path | None:
     """
     is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     for path in sorted(Path(log_dir).glob("*/config.toml"), reverse=True):
-        if path.read_bytes().startswith(job_line(job).encode()) and (is_restart or is_unfinished(path.parent, {})):
-            return path.parent
+        with contextlib.suppress(OSError):  # another user's, who lets nobody read it
+            if path.read_bytes().startswith(job_line(job).encode()) and (is_restart or is_unfinished(path.parent, {})):
+                return path.parent
     return None
 
 
@@ -177,8 +194,7 @@ def newest_checkpoint(
 
     Raises CheckpointError where checkpoints are there, and none can be used.
     """
-    found = [path for path in folder.glob("epoch_*.pt") if path.stem.removeprefix("epoch_").isdecimal()]
-    found = {int(path.stem.removeprefix("epoch_")): path for path in found}
+    found = epoch_files(folder)
     newest = max(found, default=0)
     for path in [folder / INTERRUPTED, *(found[epoch] for epoch in sorted(found, reverse=True))]:
         if not path.exists():
@@ -213,11 +229,22 @@ def check_changes(config: Config, given: dict, folder: Path, checkpoint: dict | 
     if epochs < config.epochs and epochs <= done:
         raise ConfigError(f"--epochs {epochs}: the run has {done} epochs already")
     if "epochs" in given and checkpoint and "patience" not in given:
-        history = History(checkpoint["training"]["history"])
+        history = History.load(checkpoint["training"]["history"])
         if epochs > done and history.ended_by(replace(config, epochs=epochs)) == "patience":
             raise ConfigError(f"--epochs {epochs}: the run was ended by --patience {config.patience}; add --patience 0")
     if config.epochs != epochs and config.hardest < 1 and checkpoint and checkpoint["training"]["totals"]:
         raise ConfigError("--epochs: --hardest pictures of an interrupted epoch depend on it; first go on without it")
+
+
+def check_pictures(start: Start, config: Config, sets: Sequence[Pictures], group: Group) -> Manifest | None:
+    """The manifest of these sets, in the first process; raises DataError where a resumed run had other pictures."""
+    if group.rank:
+        return None
+    manifest = make_manifest(config.data, sets)
+    digests = start.checkpoint and start.checkpoint["training"].get("sets")  # earlier versions had none
+    if digests and (error := other_pictures(manifest, digests, start.folder)):
+        raise DataError(f"{config.data}: {error}; bring them back, or {new_run(start.folder)}")
+    return manifest
 
 
 def restore(
@@ -225,8 +252,8 @@ def restore(
 ) -> None:
     """Bring a resumed run to where its checkpoint was made, and say where that is; count the steps of any run.
 
-    `lr_share` is train.py's. Raises CheckpointError where the checkpoint does not fit, DataError where the
-    pictures are others now.
+    `lr_share` is train.py's. Raises CheckpointError where the checkpoint does not fit, DataError where the number of
+    pictures is another now: earlier versions knew no more of them.
     """
     checkpoint = start.checkpoint
     if start.folder and not checkpoint:

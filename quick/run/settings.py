@@ -31,6 +31,11 @@ def bad_folder(value: str) -> str | None:
     return f"{value!r:.80} cannot be a folder's name on every system, without a path"
 
 
+def bad_levels(value: tuple) -> str | None:
+    """Why these are no values for --levels, in words; None when they are."""
+    return None if not value or value[0] < value[1] else f"{list(value)} are not two numbers, the lower one first"
+
+
 @dataclass(frozen=True)
 class Config(Augment):
     """Every setting of a run; those of Augment belong to it too."""
@@ -75,6 +80,14 @@ class Config(Augment):
         auto=True,
     )
     std: tuple = setting("data", (), "standard deviations of the three channels; (): like mean", above=0, auto=True)
+    levels: tuple = setting(
+        "data",
+        (),
+        "of pixels wider than 8 bits, the values that become black and white; (): as --weights has them, else found",
+        check=bad_levels,
+        metavar=("LOW", "HIGH"),
+        auto=True,
+    )
     shuffle: bool = setting("data", True, "take the pictures in a new order in every epoch")
 
     model: str = setting("network", "cifar_quick", "the network; python model.py --list names all")
@@ -169,7 +182,7 @@ class Config(Augment):
     memory_share: float = setting(
         "machine",
         0.4,
-        "share of free memory that pictures may take; else they are streamed from the files",
+        "share of free memory that all pictures may take; else they are streamed from the files",
         at_least=0,
         at_most=1,
         resumable=True,
@@ -197,7 +210,11 @@ class Config(Augment):
     run_name: str = setting("run", "", "the run's folder; date, time and network if not given", check=bad_folder)
     keep: int = setting("run", 0, "checkpoints to keep beside best.pt, the newest; 0: all", at_least=0, resumable=True)
     patience: int = setting(
-        "run", 0, "stop when the best epoch is this many epochs ago; 0: never", at_least=0, resumable=True
+        "run",
+        0,
+        "stop when in so many epochs neither the accuracy rose nor, at the highest one, the loss fell; 0: never",
+        at_least=0,
+        resumable=True,
     )
     time_limit: float = setting(
         "run",

@@ -140,7 +140,7 @@ class TrainState:
             "step": self.step,
             "totals": asdict(self.totals) if self.totals else None,
             "confidence": self.confidence,
-            "history": self.history.epochs,
+            "history": self.history.state_dict(),
             "mistakes": self.mistakes,
             "pictures": self.pictures,
         }
@@ -152,8 +152,8 @@ class TrainState:
         if state["scaler"]:  # one that does nothing has no state
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.mistakes = state["step"], state["mistakes"]
-        self.history.epochs = state["history"]
-        self.epoch = len(state["history"]) + 1
+        self.history = History.load(state["history"])
+        self.epoch = len(self.history) + 1
         self.totals = EpochTotals(**state["totals"]) if state["totals"] else None
         self.confidence = state["confidence"]
         if self.confidence is not None:
@@ -202,11 +202,15 @@ def epoch_steps(pictures: int, config: Config, epoch: int) -> int:
 
 
 def run_steps(history: History, pictures: int, config: Config) -> int:
-    """The steps of a whole run: those of its finished epochs, and those of the epochs to come."""
-    done = history.epochs[-1]["step"] if history.epochs else 0
-    return done + sum(
-        epoch_steps(pictures, config, epoch) for epoch in range(len(history.epochs) + 1, config.epochs + 1)
-    )
+    """The steps of a whole run: those of its finished epochs, and those of the epochs to come.
+
+    Only two kinds of epochs are counted, so that a run can have millions.
+    """
+    finished, half = len(history.epochs), math.ceil(config.epochs / 2)
+    done = history.epochs[-1]["step"] if finished else 0
+    of_all, of_hardest = max(0, half - finished), max(0, config.epochs - max(half, finished))
+    steps_of_all, steps_of_hardest = (epoch_steps(pictures, config, epoch) for epoch in (half, half + 1))
+    return done + of_all * steps_of_all + of_hardest * steps_of_hardest
 
 
 def hardest(confidence: Tensor | None, config: Config, epoch: int) -> Tensor | None:

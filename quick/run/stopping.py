@@ -3,8 +3,10 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 from quick.errors import Interrupted
 from quick.processes import Group
@@ -29,6 +31,7 @@ class StopVote:
         self.by_signal = False  # what the vote found, over all processes
         self.by_time = False
         self.steps, self.next_vote = 0, 1
+        self.trains = False  # whether a step has been done
         self.last_vote = (0, 0.0)  # step and time
 
     def __enter__(self) -> "StopVote":
@@ -56,7 +59,20 @@ class StopVote:
                 os.write(2, b"\nstopping after this step, with a checkpoint (once more: at once, without)\n")
 
     def asked(self) -> bool:
-        """Whether to stop here, in all processes; each of them must ask equally often."""
+        """Whether to stop after this step, in all processes; each of them must ask equally often."""
+        self.trains = True
+        return self.vote()
+
+    def check(self) -> None:
+        """Raise Interrupted if the run should stop in the middle of this evaluation.
+
+        The time limit counts only after a step: else a run whose evaluation takes longer than its limit would begin it
+        again each time that it is resumed, and never get on.
+        """
+        if self.vote():
+            raise Interrupted
+
+    def vote(self) -> bool:
         self.steps += 1
         if self.by_signal or self.by_time:
             return True
@@ -65,12 +81,24 @@ class StopVote:
         (step, then), now = self.last_vote, time.perf_counter()
         self.last_vote = (self.steps, now)
         pause = VOTE_SECONDS * (self.steps - step) / max(1e-9, now - then)  # steps until the next vote
-        by_signal, by_time, pause = self.group.delayed_max(bool(self.signalled), now > self.deadline, pause)
+        is_over = self.trains and now > self.deadline
+        by_signal, by_time, pause = self.group.delayed_max(bool(self.signalled), is_over, pause)
         self.next_vote = self.steps + (max(1, int(pause)) if self.group.size > 1 else 1)
         self.by_signal, self.by_time = bool(by_signal), bool(by_time)
         return self.by_signal or self.by_time
 
-    def check(self) -> None:
-        """Raise Interrupted if the run should stop here."""
-        if self.asked():
-            raise Interrupted
+
+def program_start() -> float:
+    """When this program was started, as a time.perf_counter(): from a slow disk, imports alone can take half a minute.
+
+    Where it is not train.py itself but calls it, as a notebook does, that is now.
+    """
+    now = time.perf_counter()
+    if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name != "train.py":
+        return now
+    try:  # Linux: after how many ticks since the machine was started this process was
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        age = 0.0
+    return now - max(age, time.process_time())  # elsewhere at least what the imports computed

@@ -1,17 +1,18 @@
 """Tensors -> pictures: samples, mistakes, confusion matrix, saliency.
 
-Pictures are uint8 arrays `(H, W, 3)` in RGB. Small ones are enlarged without smoothing, and text is in the font that
-comes with Pillow. The one colour scale is cividis, which colour-blind people see as others do (Nunez et al. 2018,
+Pictures are uint8 arrays `(H, W, 3)` in RGB. Small ones are enlarged without smoothing; names that no font can draw are
+numbered, see fonts.py. The one colour scale is cividis, which colour-blind people see as others do (Nunez et al. 2018,
 doi.org/10.1371/journal.pone.0199239).
 """
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from quick.views.fonts import draw_text, drawable, length, shortened
 
 CIVIDIS = ["00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "e1cc55", "fee838"]
 BACKGROUND, TEXT = (255, 255, 255), (30, 30, 30)
@@ -22,12 +23,6 @@ MOST_CLASSES = 100  # in a confusion matrix
 # ---- tools -----------------------------------------------------------------------------------------------------------
 
 
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font; `size` is in pixels."""
-    return ImageFont.load_default(size)
-
-
 def colours(values: np.ndarray) -> np.ndarray:
     """Numbers in [0, 1], of any shape, as colours of the scale: uint8 with a last axis of 3."""
     anchors = np.array([[int(code[at : at + 2], 16) for at in (0, 2, 4)] for code in CIVIDIS])
@@ -36,9 +31,10 @@ def colours(values: np.ndarray) -> np.ndarray:
 
 
 def stretch(values: np.ndarray) -> np.ndarray:
-    """Numbers stretched to all of [0, 1]; 0 where they are all the same."""
-    low, high = np.nanmin(values), np.nanmax(values)
-    return np.nan_to_num((values - low) / (high - low if high > low else 1))
+    """Numbers stretched to all of [0, 1]; 0 where they are all the same, and where they are no finite numbers."""
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    return np.where(np.isfinite(values), (values - low) / (high - low if high > low else 1), 0)
 
 
 def enlarged(picture: np.ndarray, side: int) -> np.ndarray:
@@ -46,16 +42,7 @@ def enlarged(picture: np.ndarray, side: int) -> np.ndarray:
     times = side // max(picture.shape[:2])
     if times >= 1:
         return picture.repeat(times, 0).repeat(times, 1)
-    return np.asarray(Image.fromarray(picture).resize((side, side * picture.shape[0] // picture.shape[1])))
-
-
-def shortened(text: str, width: int, size: int) -> str:
-    """The text, with an ellipsis for what `width` pixels cannot hold."""
-    if font(size).getlength(text) <= width:
-        return text
-    while text and font(size).getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    return np.asarray(Image.fromarray(picture).resize((side, max(1, side * picture.shape[0] // picture.shape[1]))))
 
 
 def grid(pictures: Sequence[np.ndarray], captions: Sequence[str] = (), columns: int = 4, gap: int = 4) -> np.ndarray:
@@ -74,7 +61,7 @@ def grid(pictures: Sequence[np.ndarray], captions: Sequence[str] = (), columns: 
         x, y = gap + number % columns * step_x, gap + number // columns * step_y
         canvas.paste(Image.fromarray(picture), (x, y))
         for line, text in enumerate(caption.split("\n")):
-            draw.text((x, y + height + 15 * line), shortened(text, width, 12), TEXT, font(12))
+            draw_text(draw, (x, y + height + 15 * line), shortened(text, width, 12), 12, TEXT)
     return np.asarray(canvas)
 
 
@@ -85,8 +72,8 @@ def arrays(images: Tensor) -> list[np.ndarray]:
 
 def note_picture(text: str) -> np.ndarray:
     """A small picture of one line of text."""
-    canvas = Image.new("RGB", (round(font(14).getlength(text)) + 20, 30), BACKGROUND)
-    ImageDraw.Draw(canvas).text((10, 6), text, TEXT, font(14))
+    canvas = Image.new("RGB", (round(length(text, 14)) + 20, 30), BACKGROUND)
+    draw_text(ImageDraw.Draw(canvas), (10, 6), text, 14, TEXT)
     return np.asarray(canvas)
 
 
@@ -95,7 +82,8 @@ def note_picture(text: str) -> np.ndarray:
 
 def samples(images: Tensor, labels: Tensor, classes: Sequence[str]) -> np.ndarray:
     """uint8 images `(N, 3, H, W)`, each above its class; `labels` are int64 `(N,)`."""
-    return grid([enlarged(picture, TILE) for picture in arrays(images)], [classes[label] for label in labels.tolist()])
+    names = drawable(classes)
+    return grid([enlarged(picture, TILE) for picture in arrays(images)], [names[label] for label in labels.tolist()])
 
 
 def most_mistaken(probabilities: Tensor, labels: Tensor, count: int = 16) -> Tensor:
@@ -113,7 +101,7 @@ def mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, classes: Seq
 
     `labels` are int64 `(N,)`, `probabilities` float `(N, classes)`.
     """
-    confidence, guesses = probabilities.max(1)
+    classes, (confidence, guesses) = drawable(classes), probabilities.max(1)
     captions = [
         f"is {classes[label]}\n{share:.0%} {classes[guess]}"
         for label, guess, share in zip(labels.tolist(), guesses.tolist(), confidence.tolist(), strict=True)
@@ -126,7 +114,7 @@ def confusion_picture(counts: Tensor, classes: Sequence[str]) -> np.ndarray:
 
     The colour is a count's share of its row. Of more than 100 classes it shows those with the most mistakes.
     """
-    counts = counts.cpu()
+    counts, classes = counts.cpu(), drawable(classes)
     if len(classes) > MOST_CLASSES:
         wrong = counts.sum(0) + counts.sum(1) - 2 * counts.diag()
         shown = wrong.argsort(descending=True, stable=True)[:MOST_CLASSES].sort().values
@@ -138,27 +126,27 @@ def confusion_picture(counts: Tensor, classes: Sequence[str]) -> np.ndarray:
     else:
         size, text_size = 22, 9
     names = [shortened(name, 130, text_size) for name in classes]
-    margin = 40 + round(max(font(text_size).getlength(name) for name in names))
+    margin = 40 + round(max(length(name, text_size) for name in names))
     side = margin + size * len(names) + 10
     canvas = Image.new("RGB", (side, side), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    draw.text((margin, 4), "taken for", TEXT, font(14))
-    draw.text((6, margin - 20), "truth", TEXT, font(14))
+    draw_text(draw, (margin, 4), "taken for", 14, TEXT)
+    draw_text(draw, (6, margin - 20), "truth", 14, TEXT)
 
     share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     fills = colours(share)
     for row, name in enumerate(names):
         y = margin + size * row
-        draw.text((margin - 6, y + size // 2), name, TEXT, font(text_size), anchor="rm")
+        draw_text(draw, (margin - 6, y + size // 2), name, text_size, TEXT, anchor="rm")
         column_name = Image.new("RGB", (margin - 30, size), BACKGROUND)
-        ImageDraw.Draw(column_name).text((0, size // 2), name, TEXT, font(text_size), anchor="lm")
+        draw_text(ImageDraw.Draw(column_name), (0, size // 2), name, text_size, TEXT, anchor="lm")
         canvas.paste(column_name.rotate(90, expand=True), (y, 24))  # the matrix is square: columns are where rows are
         for column in range(len(names)):
             x = margin + size * column
             draw.rectangle((x, y, x + size - 2, y + size - 2), tuple(fills[row, column].tolist()))
             if count := int(counts[row, column]):
                 ink = (255, 255, 255) if share[row, column] < 0.6 else (0, 0, 0)
-                draw.text((x + size // 2 - 1, y + size // 2), f"{count}", ink, font(text_size), anchor="mm")
+                draw_text(draw, (x + size // 2 - 1, y + size // 2), f"{count}", text_size, ink, anchor="mm")
     return np.asarray(canvas)
 
 
@@ -178,7 +166,7 @@ def saliencies(
 
     `heats` are float `(H, W)`, `labels` int64 `(N,)`, `probabilities` float `(N, classes)`.
     """
-    captions, pairs = [], []
+    classes, captions, pairs = drawable(classes), [], []
     for guess, label in zip(probabilities.argmax(1).tolist(), labels.tolist(), strict=True):
         captions.append(classes[guess] if guess == label else f"{classes[guess]} (is {classes[label]})")
     for picture, heat in zip(arrays(images), heats, strict=True):
@@ -200,14 +188,15 @@ def explained(picture: np.ndarray, heat: Tensor, top: Sequence[tuple[str, float]
     draw = ImageDraw.Draw(canvas)
     for number, (title, part) in enumerate(parts.items()):
         x = 20 + number * (part_width + 20)
-        draw.text((x, 12), title, TEXT, font(16))
+        draw_text(draw, (x, 12), title, 16, TEXT)
         canvas.paste(Image.fromarray(part), (x, 40))
     left = 60 + 2 * part_width
-    draw.text((left, 12), "what it says", TEXT, font(16))
-    for number, (name, share) in enumerate(top):
+    draw_text(draw, (left, 12), "what it says", 16, TEXT)
+    names = drawable([name for name, _ in top])
+    for number, (name, (_, share)) in enumerate(zip(names, top, strict=True)):
         y = 40 + number * bar
         draw.rectangle((left, y + 16, left + 270, y + 26), (228, 228, 228))
         draw.rectangle((left, y + 16, left + round(270 * share), y + 26), tuple(colours(np.array(0.15)).tolist()))
-        draw.text((left, y), shortened(name, 210, 13), TEXT, font(13))
-        draw.text((left + 270, y), f"{share:.1%}", TEXT, font(13), anchor="ra")
+        draw_text(draw, (left, y), shortened(name, 210, 13), 13, TEXT)
+        draw_text(draw, (left + 270, y), f"{share:.1%}", 13, TEXT, anchor="ra")
     return np.asarray(canvas)

@@ -9,14 +9,14 @@ from quick.views import drawing
 
 
 def filters(network: nn.Module, most: int = 64) -> np.ndarray:
-    """The first filters of the first convolution, at most `most`, as a picture; grey is zero.
+    """The first filters of the first convolution, at most `most`, as a picture; grey is zero, or no finite number.
 
     They are in colour if the convolution sees three channels.
     """
     convolution = next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
     if convolution is None:
         return drawing.note_picture("no convolution")
-    weight = convolution.weight.detach()[:most].float().cpu()
+    weight = convolution.weight.detach()[:most].float().cpu().nan_to_num(0, 0, 0)
     if weight.shape[1] != 3:
         weight = weight.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     largest = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
@@ -66,7 +66,9 @@ def saliency(network: nn.Module, image: Tensor) -> Tensor:
         weights = of_map[0].mean((2, 3), keepdim=True)
         speaks_for_it = (weights * maps[-1]).sum(1, keepdim=True).relu()
         heat = speaks_for_it if speaks_for_it.any() else heat
-    heat = nn.functional.interpolate(heat.detach().float(), image.shape[2:], mode="bilinear")[0, 0].cpu()
+    heat = heat.nan_to_num()  # gradients can overflow where the outputs do not
+    heat = heat.detach().float().nan_to_num(0, 0, 0)
+    heat = nn.functional.interpolate(heat, image.shape[2:], mode="bilinear")[0, 0].cpu()
     return heat / heat.max().clamp(min=1e-12)
 
 

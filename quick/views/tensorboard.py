@@ -25,7 +25,7 @@ from quick.errors import reason
 from quick.nets.losses import confusion_counts
 from quick.nets.summary import write_graph
 from quick.nets.transfer import HeadOnly
-from quick.views import drawing, insight
+from quick.views import drawing, fonts, insight
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -153,8 +153,13 @@ def show_start(board: "SummaryWriter", network: nn.Module, config: dict, split: 
         "python": sys.version.split()[0],
     }
     for name, rows in (("config", values), ("machine", machine)):
-        lines = [f"| {key} | {value} |" for key, value in rows.items()]
-        board.add_text(name, "\n".join(["| | |", "| --- | --- |", *lines]))
+        board.add_text(name, markdown_table(rows))
+
+
+def markdown_table(rows: dict[str, object]) -> str:
+    """A table of two columns, as TensorBoard's texts show it."""
+    lines = [f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *lines])
 
 
 def revision() -> str:
@@ -202,6 +207,9 @@ def show_epoch(
         return
     train_set, held_out = sets
     network.eval()
+    if not metrics and (numbered := fonts.legend(train_set.classes)):
+        log.info("no font for the names of some classes: pictures number them, TensorBoard's text has the names")
+        board.add_text("classes", markdown_table(numbered))
     with attempt("samples"):
         some = torch.arange(min(SAMPLES, len(train_set)))
         _, images, labels = train_set.preview(some, augment=config, seed=config.seed, epoch=epoch)
@@ -250,12 +258,12 @@ def show_answers(
 
 
 def show_histograms(board: "SummaryWriter", network: nn.Module, step: int) -> None:
-    """Write how the weights, and the gradients of the last step, are distributed."""
+    """Write how the weights, and the gradients of the last step, are distributed, but for infinite ones and NaN."""
     with attempt("histograms"):
         for name, parameter in network.named_parameters():
-            board.add_histogram(f"weights/{name}", parameter, step)
-            if parameter.grad is not None:
-                board.add_histogram(f"gradients/{name}", parameter.grad, step)
+            for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
+                if values is not None and values.isfinite().any():
+                    board.add_histogram(f"{kind}/{name}", values[values.isfinite()], step)
 
 
 def show_embedding(board: "SummaryWriter", network: nn.Module, head: list[str], pictures: Pictures, step: int) -> None:
@@ -273,4 +281,6 @@ def show_embedding(board: "SummaryWriter", network: nn.Module, head: list[str], 
             hidden.append(hidden_of(inputs).float().flatten(1))
             thumbnails.append(small.clamp(0, 1))
             names += [pictures.classes[label] for label in labels.tolist()]
+        if not all(part.isfinite().all() for part in hidden):
+            raise ValueError("the network's features are not all finite numbers")
         board.add_embedding(torch.cat(hidden), names, torch.cat(thumbnails), step)

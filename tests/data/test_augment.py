@@ -128,7 +128,64 @@ def test_resized_crop_enlarges_a_part():
     ramp = torch.linspace(0, 255, 32).round().byte().expand(1, 3, 32, 32)
     whole = changed(Augment(resized_crop=1.0), ramp)
     assert torch.allclose(whole, ramp.float(), atol=1)
-    left = changed(Augment(resized_crop=0.25), ramp, part_area=0.0, part_column=0.0)
-    right = changed(Augment(resized_crop=0.25), ramp, part_area=0.0, part_column=1.0)
+    left = changed(Augment(resized_crop=0.25), ramp, part_area_0=0.0, part_column=0.0)
+    right = changed(Augment(resized_crop=0.25), ramp, part_area_0=0.0, part_column=0.999)
     assert left[..., 0].max() < 3 and left[..., -1].min() > 120 and left[..., -1].max() < 130
     assert right[..., 0].min() > 125 and right[..., -1].min() > 250
+
+
+@pytest.mark.parametrize("least", [1.0, 0.9, 0.3, 0.08])
+def test_parts_are_as_large_and_wide_as_torchvisions(least):
+    transforms = pytest.importorskip("torchvision.transforms")
+    torch.manual_seed(0)
+    across = torch.arange(64.0).expand(1, 64, 64)
+    places = torch.stack([across, across.mT, across], 1).expand(6000, 3, 64, 64)
+    crops = augment_images(places, Augment(resized_crop=least), draws_of(6000), FILL)
+    width = crops[:, 0, 32, -1] - crops[:, 0, 32, 0] + 1  # in pixels of the picture: the edges show whole ones
+    height = crops[:, 1, -1, 32] - crops[:, 1, 0, 32] + 1
+    theirs = transforms.RandomResizedCrop.get_params
+    parts = [theirs(torch.zeros(3, 64, 64), (least, 1.0), (3 / 4, 4 / 3)) for _ in range(6000)]
+    their_height, their_width = torch.tensor(parts)[:, 2:].float().unbind(1)
+
+    def figures(width: torch.Tensor, height: torch.Tensor) -> list[float]:
+        area, shape = width * height / 64**2, (width / height).log()
+        found = (
+            area.mean(),
+            area.std(),
+            area.min(),
+            area.max(),
+            (area > 0.999).float().mean(),
+            shape.mean(),
+            shape.std(),
+        )
+        return torch.stack(found).tolist()
+
+    assert figures(width, height) == pytest.approx(figures(their_width, their_height), abs=0.02)
+    left, top = crops[:, 0, 32, 0], crops[:, 1, 0, 32]
+    for start, side in ((left, width), (top, height)):
+        assert start.min() > -1e-3 and (start + side).max() < 64 + 1e-3
+        inside = start[side < 63.5] / (64 - side[side < 63.5])
+        assert not len(inside) or abs(inside.mean() - 0.5) < 0.02
+
+
+def test_a_part_is_enlarged_to_torchvisions_pixels():
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    images, draws = torch.randint(0, 256, (40, 3, 20, 20), dtype=torch.uint8), draws_of(40)
+    crops = augment_images(images, Augment(resized_crop=0.2), draws, FILL)
+    for number, (image, crop) in enumerate(zip(images, crops, strict=True)):
+        drawn = {name: float(values[number]) for (name, _), values in draws.made.items()}
+        for attempt in range(10):
+            area = 0.2 + 0.8 * drawn[f"part_area_{attempt}"]
+            shape = (0.75 * (16 / 9) ** drawn[f"part_shape_{attempt}"]) ** 0.5
+            width, height = round(20 * area**0.5 * shape), round(20 * area**0.5 / shape)
+            if max(width, height) <= 20:
+                break
+        left, top = int(drawn["part_column"] * (21 - width)), int(drawn["part_row"] * (21 - height))
+        expected = functional.resized_crop(image.float(), top, left, height, width, [20, 20], antialias=True)
+        assert torch.allclose(crop, expected, atol=0.01)
+
+
+def test_where_no_part_fits_the_whole_picture_is_taken():
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    too_wide = dict.fromkeys([f"part_shape_{attempt}" for attempt in range(10)], 0.999)
+    assert torch.allclose(changed(Augment(resized_crop=1.0), images, **too_wide), images.float(), atol=1e-2)

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import struct
 import subprocess
 import sys
 import tarfile
@@ -21,20 +22,29 @@ from quick.data import cifar10
 from quick.errors import DataError, LimitError
 
 
-def small_archive() -> bytes:
-    """CIFAR-10's archive in small: the same files and pickles, 10 pictures each."""
+def small_files() -> dict[str, bytes]:
+    """CIFAR-10's files in small: the same names and pickles, 10 pictures each."""
+    files = {"batches.meta": pickle.dumps({"label_names": cifar10.CLASSES}, protocol=2), "readme.html": b"<html>"}
+    for number, name in enumerate([*(f"data_batch_{part}" for part in range(1, 6)), "test_batch"]):
+        pixels = np.random.RandomState(number).randint(0, 256, (10, 3072)).astype(np.uint8)
+        files[name] = pickle.dumps({"data": pixels, "labels": list(range(10))}, protocol=2)
+    return files
+
+
+def packed(files: dict[str, bytes | tarfile.TarInfo]) -> bytes:
+    """An archive of such files; what is no content is put in as it is."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as tar:
-        for number, name in enumerate([*(f"data_batch_{part}" for part in range(1, 6)), "test_batch"]):
-            pixels = np.random.RandomState(number).randint(0, 256, (10, 3072)).astype(np.uint8)
-            batch = pickle.dumps({"data": pixels, "labels": list(range(10))}, protocol=2)
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            member.size = len(batch)
-            tar.addfile(member, io.BytesIO(batch))
+        for name, inside in files.items():
+            member = inside if isinstance(inside, tarfile.TarInfo) else tarfile.TarInfo()
+            member.name = f"cifar-10-batches-py/{name}"
+            if member is not inside:
+                member.size = len(inside)
+            tar.addfile(member, io.BytesIO(inside) if member is not inside else None)
     return content.getvalue()
 
 
-ARCHIVE = small_archive()
+ARCHIVE = packed(small_files())
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -206,10 +216,17 @@ def test_an_unwritable_data_folder_is_named(tmp_path):
 # ---- its files ----
 
 
+def give_archive(folder: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put an archive there that is the right one."""
+    monkeypatch.setattr(cifar10, "SIZE", len(content))
+    monkeypatch.setattr(cifar10, "MD5", hashlib.md5(content).hexdigest())
+    (folder / "cifar-10-python.tar.gz").write_bytes(content)
+
+
 @pytest.fixture
-def archive(tmp_path):
+def archive(tmp_path, monkeypatch):
     """A folder with the small archive."""
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(ARCHIVE)
+    give_archive(tmp_path, ARCHIVE, monkeypatch)
     return tmp_path
 
 
@@ -238,9 +255,95 @@ def test_a_limit_takes_the_first_of_each_class(archive):
 def test_a_damaged_archive_is_named(archive):
     path = archive / "cifar-10-python.tar.gz"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz: damaged .*; delete it to download it again"):
+    with pytest.raises(DataError, match=r"gz: damaged or another .*; delete it, and it is downloaded again"):
         datasets.load("cifar10", archive)
     assert not (archive / "cifar-10-batches-py").exists()
+
+
+def test_another_archive_is_not_unpacked(archive):
+    (archive / "cifar-10-python.tar.gz").write_bytes(packed(small_files() | {"batches.meta": b"abc"}))
+    with pytest.raises(DataError, match=r"gz: damaged or another archive \(its MD5 is not [0-9a-f]{32}\); delete it"):
+        datasets.load("cifar10", archive)
+    assert {path.name for path in archive.iterdir()} == {"cifar-10-python.tar.gz", ".cifar10.lock"}
+
+
+def test_only_the_known_files_are_unpacked(archive):
+    datasets.load("cifar10", archive)
+    assert {path.name for path in (archive / "cifar-10-batches-py").iterdir()} == set(cifar10.MEMBERS)
+
+
+def member(kind: bytes, target: str = "") -> tarfile.TarInfo:
+    made = tarfile.TarInfo()
+    made.type, made.linkname = kind, target
+    return made
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"test_batch": member(tarfile.SYMTYPE, "/etc/passwd")},
+        {"test_batch": member(tarfile.LNKTYPE, "../../outside")},
+        {"test_batch": member(tarfile.DIRTYPE)},
+        {"test_batch": member(tarfile.FIFOTYPE)},
+        {"test_batch": member(tarfile.CHRTYPE)},
+    ],
+)
+def test_no_links_and_devices_are_unpacked(strange, tmp_path, monkeypatch):
+    """Not even from the right archive: also Python 3.11.0, whose tarfile has no filter, is safe."""
+    outside = {"../../outside": b"x", "../outside": b"x", "/outside": b"x"}
+    (tmp_path / "data").mkdir()
+    give_archive(tmp_path / "data", packed(outside | small_files() | strange), monkeypatch)
+    with pytest.raises(DataError, match=r"gz: damaged \(it has no test_batch\); delete it"):
+        datasets.load("cifar10", tmp_path / "data")
+    assert {path.name for path in tmp_path.rglob("*")} == {"data", ".cifar10.lock", "cifar-10-python.tar.gz"}
+
+
+def python2_batch(labels: list[int], pixels: bytes) -> bytes:
+    """A batch as Python 2 and NumPy 1 wrote the real ones: its strings are bytes, its classes numpy.core's."""
+
+    def text(content: bytes) -> bytes:
+        return (
+            b"U%c%b" % (len(content), content)
+            if len(content) < 256
+            else b"T" + struct.pack("<i", len(content)) + content
+        )
+
+    def whole(number: int) -> bytes:
+        return b"M" + struct.pack("<H", number)
+
+    dtype = b"cnumpy\ndtype\nq\x04" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|") + b"NNNJ\xff\xff\xff\xff"
+    dtype += b"J\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R(K\x01"
+    array += whole(len(labels)) + whole(3072) + b"\x86" + dtype + b"\x89" + text(pixels) + b"tb"
+    parts = [
+        *(text(b"batch_label"), text(b"testing batch 1 of 1"), text(b"labels"), b"](", *map(whole, labels), b"e"),
+        *(text(b"data"), array, text(b"filenames"), b"](", *[text(b"cat_s_000907.png")] * len(labels), b"e"),
+    ]
+    return b"\x80\x02}q\x01(" + b"".join(parts) + b"u."
+
+
+def test_the_real_files_form_is_read(tmp_path):
+    pixels = np.random.RandomState(1).randint(0, 256, (10, 3072)).astype(np.uint8)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    labels = [3, 1, 4, 1, 5, 9, 2, 6, 0, 8]
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(python2_batch(labels, pixels.tobytes()))
+    [test_set] = datasets.load("cifar10", tmp_path, splits=["test"])
+    assert np.array_equal(test_set.store.images.numpy(), pixels.reshape(10, 3, 32, 32))
+    assert test_set.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_batches_of_any_numpy_are_read(protocol, core, tmp_path):
+    """Written again by another program, with NumPy 1 or 2."""
+    pixels = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    content = pickle.dumps({"data": pixels, "labels": [7, 8]}, protocol)
+    own = np.zeros(1).__reduce__()[0].__module__.removesuffix(".multiarray")
+    if protocol < 4:  # later ones say before each name how long it is
+        content = content.replace(own.encode(), core.encode())
+    (tmp_path / "batch").write_bytes(content)
+    images, labels = cifar10.read_batch(tmp_path / "batch")
+    assert np.array_equal(images.numpy().reshape(2, 3072), pixels) and labels.tolist() == [7, 8]
 
 
 def test_a_pickle_with_code_is_not_run(tmp_path):
@@ -252,6 +355,52 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(DataError, match=r"builtins\.print, which is no data"):
         datasets.load("cifar10", tmp_path, splits=["test"], mean=(0, 0, 0), std=(1, 1, 1))
+
+
+class Flags:
+    """numpy's type of objects, told that it holds plain numbers."""
+
+    def __reduce__(self):
+        return np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+class Pointers:
+    """An array of such objects: bytes that NumPy would take for addresses."""
+
+    def __init__(self, dtype: object = None):
+        self.dtype = dtype or Flags()
+
+    def __reduce__(self):
+        reconstruct = np.zeros(1).__reduce__()[0]
+        content = struct.pack("<10Q", *[0x4141414141414141] * 10)
+        return reconstruct, (np.ndarray, (0,), b"b"), (1, (10,), self.dtype, False, content)
+
+
+GOOD = np.zeros((10, 3072), np.uint8)
+PUT = b"\x80\x02K\x01r\xff\xff\xff\x7f."  # Python's memo of so many values takes 32 GB
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        ({"data": GOOD, "labels": Pointers()}, "an array of 'O'"),
+        ({"data": GOOD, "labels": Pointers(np.dtype("int64"))}, "an array of 'i8'"),
+        ({"data": GOOD, "labels": np.zeros(10, np.uint8)}, "do not fit"),
+        ({"data": np.asfortranarray(np.zeros((10, 3072), np.uint8)), "labels": [0] * 10}, "other things than bytes"),
+        ({"data": np.zeros((10, 3072), [("a", "u1")]), "labels": [0] * 10}, "an array of 'V1'"),
+        ({"data": GOOD, "labels": [0.0] * 10}, "labels are not 0 to 9"),
+        ({"data": GOOD, "labels": [[[]]] * 10}, "labels are not 0 to 9"),
+        (PUT, "too many values"),
+        (b"\x80\x02(" + b"]" * 10**6 + b"l.", "too many values"),
+        (b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.", "damaged"),
+    ],
+)
+def test_batches_that_control_memory_are_refused(batch, reason, tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    content = batch if isinstance(batch, bytes) else pickle.dumps(batch, protocol=2)
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(content)
+    with pytest.raises(DataError, match=f"not CIFAR-10's Python version, or damaged: .*{reason}|{reason}"):
+        datasets.load("cifar10", tmp_path, splits=["test"])
 
 
 @pytest.mark.parametrize(

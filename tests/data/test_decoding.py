@@ -1,15 +1,20 @@
 """Pictures of every kind, as files: all become RGB squares."""
 
 import io
+import os
+import sys
+import tracemalloc
+import types
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, as_bytes, noisy
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 
-from quick.data.decoding import Sizing, read_picture
+from quick.data.decoding import ENDINGS, Sizing, read_picture
 from quick.data.pictures import normalize
+from quick.data.stores import cut_squares
 from quick.errors import DataError
 
 
@@ -68,12 +73,6 @@ def test_large_jpegs_lose_nothing_by_the_quick_way(side):
     assert np.abs(quick.astype(int) - whole).mean() < 4
 
 
-def test_float_greys_are_scaled_to_their_range():
-    image = Image.fromarray(np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32))
-    picture, _ = read_picture(io.BytesIO(as_bytes(image, "TIFF")), Sizing(32))
-    assert picture.min() == 0 and picture.max() == 255
-
-
 def test_exif_rotation_is_applied():
     image = Image.new("RGB", (32, 32), "blue")
     image.paste("red", (0, 0, 32, 16))  # red above blue
@@ -99,6 +98,20 @@ def test_jpegs_of_the_very_size_are_read_as_others_are(mode, tmp_path, monkeypat
     monkeypatch.setattr(Image, "open", Image.open if mode != "RGB" else None)
     picture, size = read_picture(str(tmp_path / "a.jpg"), Sizing(32))
     assert size == (32, 32) and np.array_equal(picture, expected)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_exif_data_behind_the_frame_header_turns_too(behind, tmp_path):
+    image = noisy((200, 120, 40), 0)
+    image.paste("blue", (0, 0, 32, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content, block = as_bytes(image, "JPEG"), exif.tobytes()
+    block = b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block
+    place = content.index(b"\xff\xda" if behind else b"\xff\xdb")
+    (tmp_path / "a.jpg").write_bytes(content[:place] + block + content[place:])
+    picture, _ = read_picture(str(tmp_path / "a.jpg"), Sizing(32))
+    assert np.array_equal(picture, np.rot90(read_picture(io.BytesIO(content), Sizing(32))[0], -1))
 
 
 def test_a_damaged_exif_block_does_not_spoil_the_picture():
@@ -140,6 +153,46 @@ def test_pictures_are_prepared_as_imagenet_weights_want_them(name):
         assert difference.max() < 2.5 and difference.mean() < 0.1  # of 255: roundings alone
 
 
+@pytest.mark.parametrize(("side", "shorter"), [(32, 32), (33, 33), (75, 75), (224, 256), (299, 342)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_square_is_torchvisions_whatever_is_kept_beside_it(side, shorter, interpolation):
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    how = transforms.Compose(
+        [transforms.Resize(shorter, transforms.InterpolationMode(interpolation)), transforms.CenterCrop(side)]
+    )
+    random, sizing = np.random.RandomState(0), Sizing(side, shorter, interpolation)
+    for size in ((90, 60), (61, 90), (321, 481), (481, 321), (400, 600), (200, 41), (41, 200), (300, 1000), (33, 32)):
+        image = Image.fromarray(random.randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        square, _ = read_picture(image, sizing)
+        difference = np.abs(square.astype(int) - np.asarray(how(image)))
+        assert difference.max() <= 2 and difference.mean() < 0.1, size
+        for width in (side + 1, side + side // 3, 2 * side):
+            kept, _ = read_picture(image, sizing, width)
+            tall = kept.shape[0] > kept.shape[1]
+            kept = torch.tensor(kept.swapaxes(0, 1) if tall else kept).permute(2, 0, 1)[None]
+            middle = cut_squares(kept, torch.tensor([kept.shape[3]]), torch.tensor([tall]), None)[0].permute(1, 2, 0)
+            difference = np.abs(square.astype(int) - middle.numpy())
+            assert difference.max() <= 2 and difference.mean() < 0.1, (size, width)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_jpeg_decoded_at_a_fraction_is_cut_where_the_same_png_is(turn, tmp_path):
+    """Its last column and row are parts of pixels then, which lie at the other end once it is turned."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for size in ((274, 264), (263, 353), (515, 301)):
+        across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+        image = Image.fromarray(np.stack([across, down, 0 * down], 2).round().astype(np.uint8))
+        image.save(tmp_path / "a.jpg", quality=100, subsampling=0, exif=exif)
+        image.save(tmp_path / "a.png", exif=exif)
+        for side in (32, 64):
+            jpeg, png = (
+                read_picture(str(tmp_path / f"a.{kind}"), Sizing(side))[0].astype(int) for kind in ("jpg", "png")
+            )
+            shift = (jpeg - png)[..., :2].mean((0, 1)) / (255 / side * min(size) / max(size))
+            assert np.abs(shift).max() < 0.1, (size, side)  # of a pixel
+
+
 def test_without_a_resize_nothing_of_the_shorter_side_is_lost():
     image = Image.new("RGB", (90, 60), "blue")
     image.paste("red", (0, 0, 90, 6))
@@ -165,3 +218,75 @@ def test_the_first_frame_of_an_animation(tmp_path):
         frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], duration=100, lossless=True)
         picture, _ = read_picture(tmp_path / f"a.{kind}", Sizing(32))
         assert np.abs(picture[16, 16].astype(int) - (255, 0, 0)).max() <= 2, kind
+
+
+# ---- what is opened ----
+
+
+def test_every_ending_that_is_looked_for_can_be_read(tmp_path):
+    for ending in set(ENDINGS) - {".heic", ".heif"}:
+        image = Image.new("1" if ending == ".pbm" else "L" if ending == ".pgm" else "RGB", (40, 40), 1)
+        image.save(tmp_path / f"a{ending}", "JPEG" if ending == ".jfif" else None)
+        assert read_picture(str(tmp_path / f"a{ending}"), Sizing(32))[1] == (40, 40)
+
+
+def test_a_program_with_a_pictures_name_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "load", lambda *_: pytest.fail("PostScript was run"))
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n{ } loop\n%%EOF\n"
+    for name in ("a.jpg", "a.eps"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match="not a picture"):
+            read_picture(str(tmp_path / name), Sizing(32))
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400)
+
+
+def test_a_phones_heic_is_called_that_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+    (tmp_path / "a.jpg").write_bytes(HEIC)
+    for source in (str(tmp_path / "a.jpg"), io.BytesIO(HEIC)):
+        with pytest.raises(DataError, match=r"HEIC .* `pip install pillow-heif`"):
+            read_picture(source, Sizing(32))
+
+
+def test_heic_is_read_where_its_reader_is_installed(tmp_path, monkeypatch):
+    class Reader(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self._mode, self._size = "RGB", (40, 30)
+
+        def load(self) -> None:
+            self.im = Image.new("RGB", self.size, "red").im
+
+    def register_heif_opener() -> None:
+        Image.register_open("HEIF", Reader, lambda start: start[4:12] == b"ftypheic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register_heif_opener))
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    (tmp_path / "a.jpg").write_bytes(HEIC)
+    picture, size = read_picture(str(tmp_path / "a.jpg"), Sizing(32))
+    assert size == (40, 30) and (picture == (255, 0, 0)).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with names")
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").symlink_to("/dev/zero")
+    for name in "ab":
+        with pytest.raises(DataError, match="not a regular file"):
+            read_picture(str(tmp_path / f"{name}.jpg"), Sizing(32))
+
+
+def test_only_the_beginning_of_a_large_file_is_looked_at(tmp_path):
+    small = as_bytes(noisy((200, 120, 40), 0), "JPEG")
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.write(small)
+        file.truncate(2**26)
+    tracemalloc.start()
+    picture, _ = read_picture(str(tmp_path / "a.jpg"), Sizing(32))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(picture, read_picture(io.BytesIO(small), Sizing(32))[0]) and peak < 2**20

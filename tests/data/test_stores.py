@@ -13,7 +13,7 @@ from PIL import Image
 
 import datasets
 import train
-from quick.data import folders
+from quick.data import streaming
 from quick.data.augment import Augment
 from quick.data.decoding import Sizing, read_picture
 from quick.data.pictures import denormalize
@@ -110,20 +110,20 @@ def test_a_file_that_vanishes_while_streaming_is_named(photographs, tmp_path):
 def test_sets_that_share_a_stream_take_turns(photographs):
     """Silently, the batches of one would be those of the other."""
     train_set, _ = datasets.load(str(photographs), memory_share=0, workers=0)
-    rest, held_out = train_set.hold_out(0.3, seed=0)
+    rest, held_out = train_set.hold_out(0.5, seed=0)
     assert rest.store is held_out.store
-    first = rest.batches(8)
+    first = rest.batches(4)
     next(first)
-    assert sum(len(batch.labels) for batch in held_out.batches(8)) == len(held_out)
+    assert sum(len(batch.labels) for batch in held_out.batches(4)) == len(held_out)
     with pytest.raises(RuntimeError, match="another epoch while one was in progress"):
         next(first)
-    assert sum(len(batch.labels) for batch in rest.batches(8)) == len(rest)
+    assert sum(len(batch.labels) for batch in rest.batches(4)) == len(rest)
 
 
 def test_memory_decides_what_is_streamed(photographs, monkeypatch):
-    monkeypatch.setattr(folders, "free_memory", lambda _: 34 * 32 * 64 * 3 / 0.4)
+    monkeypatch.setattr(streaming, "free_memory", lambda _: 34 * 32 * 64 * 3 / 0.4)
     assert isinstance(datasets.load(str(photographs))[0].store, InMemory)
-    monkeypatch.setattr(folders, "free_memory", lambda _: 34 * 32 * 64 * 3 / 0.4 - 10)
+    monkeypatch.setattr(streaming, "free_memory", lambda _: 34 * 32 * 64 * 3 / 0.4 - 10)
     assert isinstance(datasets.load(str(photographs))[0].store, Streamed)
     assert datasets.describe(datasets.load(str(photographs), memory_share=0)).count("streamed from the files") == 1
 

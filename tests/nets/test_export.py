@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import save
 from samples import a_checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 import model
 from quick.errors import CheckpointError
@@ -55,12 +55,53 @@ def test_export_to_onnx(source, capsys):
     assert torch.allclose(torch.from_numpy(answer), logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("runtime", [pytest.param(True, marks=pytest.mark.expensive), False])
+def test_a_pooling_that_onnx_cannot_evaluate(runtime, tmp_path, monkeypatch, capsys):
+    """ONNX Runtime says that the file is right; without it the file is kept, and a warning says what was not done."""
+    for name in ("onnx", "onnxscript", *["onnxruntime"] * runtime):
+        pytest.importorskip(name, reason="needs `pip install onnx onnxscript onnxruntime`")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: find(name) if runtime or name != "onnxruntime" else None
+    )
+    save(tmp_path / "a.pt", a_checkpoint(CeilPooled(classes=3), "ceil_pooled", classes=3))
+    monkeypatch.setitem(model.NETWORKS, "ceil_pooled", CeilPooled)
+    assert model.cli(["--checkpoint", str(tmp_path / "a.pt"), "--export", str(tmp_path / "a.onnx")]) == 0
+    out, err = capsys.readouterr()
+    assert ("gives the network's own answers" in out) is runtime and (tmp_path / "a.onnx").exists()
+    assert (err == "") is runtime and (runtime or "a.onnx: not compared with the network, whose pooling onnx" in err)
+
+
+@pytest.mark.expensive
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_that_onnx_evaluates_otherwise_or_slowly(name, tmp_path, capsys):
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed, reason="needs `pip install onnx onnxscript onnxruntime`")
+    torch.manual_seed(0)
+    options = {"classes": 3, "image_size": 75, "append": 4}
+    network = model.create(name, options).train()
+    for _ in range(10):  # averages with which the answers depend on the pictures
+        network(torch.rand(8, 3, 75, 75) * 4 - 2)
+    save(tmp_path / "a.pt", a_checkpoint(network, name, **options))
+    assert model.cli(["--checkpoint", str(tmp_path / "a.pt"), "--export", str(tmp_path / "a.onnx")]) == 0
+    out, err = capsys.readouterr()
+    assert "gives the network's own answers" in out and not err
+
+
 def test_files_that_cannot_be_written_are_named_beforehand(tmp_path, monkeypatch):
     assert cannot_write(tmp_path / "a.pt2") is None
     assert cannot_write(tmp_path / "a.txt") == "the file's name must end in .pt2 or .onnx"
     assert cannot_write(tmp_path / "b" / "a.pt2") == f"there is no folder {tmp_path / 'b'}"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cannot_write(tmp_path / "a.onnx") == "first run `pip install onnx onnxscript`"
+
+
+class CeilPooled(model.CifarQuick):
+    """Adds to its answer a pooling of GoogLeNet's, whose output onnx's evaluator takes for larger than it is."""
+
+    def forward(self, images):
+        pooled = nn.functional.max_pool2d(images[:, :, :4, :4], 3, stride=1, padding=1, ceil_mode=True)
+        return super().forward(images) + pooled.mean((2, 3))
 
 
 class Moody(model.CifarQuick):

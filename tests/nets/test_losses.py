@@ -74,3 +74,16 @@ def test_confusion_is_counted_and_put_into_words():
     assert counts.tolist() == [[1, 0, 1], [1, 2, 0], [0, 0, 1]] and counts.dtype == torch.int64
     assert losses.worst_pairs(counts, ["cat", "dog", "fox"]) == ["cat taken for fox 50 %", "dog taken for cat 33 %"]
     assert losses.worst_pairs(torch.eye(3).long(), ["cat", "dog", "fox"]) == []
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_are_float32_in_any_precision_also_of_no_pictures(kind):
+    """The processes of a group add up their losses, and one of them may have no pictures."""
+    layer = nn.Linear(4, 3)
+    for count in (0, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = layer(torch.rand(count, 4))
+            loss = losses.loss_function(logits, torch.zeros(count, dtype=torch.int64), kind)
+        assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+        loss.backward()
+    assert layer.weight.grad is not None

@@ -13,6 +13,7 @@ import model
 from model import Uninitialised
 from quick.errors import CheckpointError, NetworkError
 from quick.nets.checking import check_network
+from quick.nets.losses import split_outputs
 from quick.nets.pretrained import torchvision_names
 from quick.nets.transfer import HeadOnly, freeze, stages, train_mode, transfer_weights
 
@@ -202,6 +203,61 @@ def test_a_head_that_trains_alone_leaves_the_rest_without_gradients():
     assert features.shape == (2, 1024) and not features.requires_grad and not network.training
     head_only(torch.rand(2, 3, 32, 32)).sum().backward()
     assert network.fc.weight.grad is not None and network.conv1.conv.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["cifar_quick", "squeezenet1_1", "googlenet"])
+def test_the_head_runs_once_a_step_and_trains_in_lower_precision(name):
+    """Else autocast of PyTorch 2.10 would go on with weights that have no gradients."""
+    options = {"classes": 3, "image_size": 32}
+    network, head = model.create(name, options), model.head_keys(name, options)
+    freeze(network, head, None)
+    head_only, seen = HeadOnly(network, head, 32), []
+    head_only.head.register_forward_hook(lambda *_: seen.append(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head_only.features(torch.rand(2, 3, 32, 32)).dtype == torch.bfloat16 and not seen
+        head_only(torch.rand(2, 3, 32, 32)).sum().backward()
+    assert len(seen) == 1 and all(network.get_parameter(key).grad is not None for key in head[-2:])
+
+
+# ---- auxiliary classifiers ----
+
+
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), ("inception_v3", 75)])
+def test_an_appended_head_leaves_auxiliary_classifiers_out(name, side, tmp_path):
+    """All weights get gradients; files of earlier versions, and published weights, have auxiliary classifiers still."""
+    options = {"classes": 3, "image_size": side, "stem": "standard"}
+    torch.manual_seed(0)
+    whole = model.create(name, options | {"classes": 5})
+    network = model.create(name, options | {"append": 5})
+    assert not [key for key in network.state_dict() if "aux" in key.lower()]
+    transfer_weights(network.network, whole.state_dict(), [], "test")
+    network.train()(torch.rand(2, 3, side, side)).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert network.eval()(torch.rand(1, 3, side, side)).shape == (1, 3)
+
+    earlier = {f"network.{key}": value for key, value in whole.state_dict().items()} | network.state_dict()
+    assert len(earlier) > len(network.state_dict())
+    save(tmp_path / "a.pt", a_checkpoint(network, name, **options, append=5) | {"state_dict": earlier})
+    images = torch.rand(1, 3, side, side)
+    with torch.no_grad():
+        assert torch.equal(model.load(tmp_path / "a.pt")[0](images), network(images))
+    damaged = {key: value for key, value in earlier.items() if "conv" not in key}
+    save(tmp_path / "a.pt", a_checkpoint(network, name, **options, append=5) | {"state_dict": damaged})
+    with pytest.raises(CheckpointError, match="missing: "):
+        model.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("count", [1, 14, None])
+def test_frozen_stages_before_auxiliary_classifiers_leave_all_others_gradients(count):
+    options = {"classes": 3, "image_size": 32}
+    network, head = model.create("googlenet", options), model.head_keys("googlenet", options)
+    freeze(network, head, count)
+    trainable = HeadOnly(network, head, 32) if count is None else network
+    train_mode(trainable)
+    outputs = split_outputs(trainable(torch.rand(2, 3, 32, 32)))
+    assert len(outputs) == (1 if count is None else 3)
+    sum(output.sum() for output in outputs).backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in network.parameters())
 
 
 class GoesOn(model.CifarQuick):

@@ -1,5 +1,7 @@
 """Settings: the config file, the flags, what both may say, and what pretrained weights fill in."""
 
+from pathlib import Path
+
 import pytest
 from conftest import ROOT
 
@@ -19,6 +21,22 @@ def test_every_setting_survives_the_config_file(tmp_path):
 def test_files_may_say_freeze_with_a_number(tmp_path):
     (tmp_path / "a.toml").write_text("freeze = 2\nweights = 'w.pt'")
     assert read_config(tmp_path / "a.toml").freeze == "2"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_of_windows_editors_are_read(encoding, tmp_path):
+    (tmp_path / "a.toml").write_bytes('data = "猫 می\u200cرود"\r\nepochs = 3\r\n'.encode(encoding))
+    config = read_config(tmp_path / "a.toml")
+    assert (config.data, config.epochs) == ("猫 می\u200cرود", 3)
+
+
+def test_the_home_folder_is_filled_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "a.toml").write_text('data = "~/photos"\nlog_dir = "~/logs"\nrun_name = "~"')
+    config = read_config(tmp_path / "a.toml")
+    assert Path(config.data) == tmp_path / "photos" and Path(config.log_dir) == tmp_path / "logs"
+    assert config.run_name == "~" and train.parse(["--weights=~/best.pt"])[0].weights == str(tmp_path / "best.pt")
 
 
 def test_flags_overrule_the_config_file(tmp_path):
@@ -44,6 +62,14 @@ def test_nothing_is_filled_in_without_weights():
 
 
 # ---- wrong settings ----
+
+
+def test_a_config_in_another_encoding_is_named(tmp_path, capsys):
+    (tmp_path / "my.toml").write_bytes('data = "caf\u00e9"'.encode("cp1252"))
+    assert train.cli(["--config", str(tmp_path / "my.toml")]) == 2
+    assert capsys.readouterr().err.endswith(
+        "my.toml: not a TOML file: its encoding is not UTF-8; save it anew as UTF-8\n"
+    )
 
 
 @pytest.mark.parametrize(

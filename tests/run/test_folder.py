@@ -9,9 +9,11 @@ from conftest import same_weights
 import model
 import train
 from quick.checkpoints import CONTENT
+from quick.errors import DataError
 from quick.run import folder
 from quick.run.checks import TRAINING
 from quick.run.folder import RunFolder
+from quick.run.history import History
 from quick.run.settings import Config
 
 
@@ -38,17 +40,24 @@ def test_metrics_have_a_line_an_epoch(run):
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
 
 
+def test_a_run_whose_checkpoints_could_not_be_read_is_not_begun(tmp_path):
+    for classes, reason in ((["x" * 2000], "has 2,000 characters"), (["x" * 900] * 9000, "9,000 class names are too")):
+        with RunFolder() as run, pytest.raises(DataError, match=reason):
+            run.open(Config(data="photos", log_dir=str(tmp_path)), {}, classes, state=None, manifest=None, job="")
+    assert not list(tmp_path.iterdir())
+
+
 def test_checkpoints_can_be_resumed_and_the_best_is_small(run):
     checkpoint = torch.load(run / "epoch_003.pt", weights_only=True)
-    assert set(checkpoint) == {*CONTENT, "training"}
-    parts = {"optimizer", "scaler", "step", "totals", "confidence", "history", "mistakes", "pictures"}
+    assert set(checkpoint) == {*CONTENT, "levels", "training"}
+    parts = {"optimizer", "scaler", "step", "totals", "confidence", "history", "mistakes", "pictures", "sets"}
     assert set(checkpoint["training"]) == parts == TRAINING
-    assert checkpoint["training"]["history"] == metrics(run)
+    assert History.load(checkpoint["training"]["history"]) == History(metrics(run))
     assert checkpoint["training"]["step"] == 48 and checkpoint["training"]["pictures"] == 1000
     assert len(checkpoint["training"]["optimizer"]["state"]) == len(list(model.CifarQuick().parameters()))
     assert checkpoint["config"]["limit"] == 1000 and checkpoint["epoch"] == 3
     best = torch.load(run / "best.pt", weights_only=True)
-    assert set(best) == set(CONTENT)
+    assert set(best) == {*CONTENT, "levels"}
     assert best["metrics"]["test_accuracy"] == max(line["test_accuracy"] for line in metrics(run))
     assert same_weights(run / "best.pt", run / f"epoch_{best['epoch']:03}.pt")
 

@@ -1,15 +1,20 @@
 """The run folder when the disk is full or gone: what was saved stays whole, and the run says what was not."""
 
+import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import save
 from filelock import FileLock
 from runs import STILL, VARIANTS, at_steps, contents, differences, resume, start, uninterrupted
 
 import train
 from quick.checkpoints import read
+from quick.cli import quoted
 from quick.run.folder import RunFolder
 from quick.run.state import TrainState
 
@@ -121,7 +126,7 @@ def test_a_folder_that_went_away_ends_the_run_with_a_message(tmp_path, monkeypat
     at_steps(monkeypatch, {30: lambda: (tmp_path / "a").rename(tmp_path / "b")})
     assert start(tmp_path, "a", *STILL) == 1
     assert {path.name for path in (tmp_path / "b").glob("*.pt")} == {"epoch_001.pt", "best.pt"}
-    assert "epoch_002.pt (No such file or directory)" in capsys.readouterr().err.splitlines()[-1]
+    assert "best.pt (No such file or directory)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_new_run_leaves_a_folder_that_another_has_just_made(tmp_path, capsys):
@@ -135,6 +140,77 @@ def test_an_empty_folder_of_that_name_is_used(tmp_path):
     (tmp_path / "a").mkdir()
     assert start(tmp_path, "a", "--epochs", "1") == 0
     assert start(tmp_path, "a", "--epochs", "1") == 2
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """Makes a folder that no file can be written into; it may be filled before, by a function."""
+    mounted = []
+
+    def make(fill: Callable[[Path], object] = lambda _: None) -> Path:
+        folder = tmp_path / "read only"
+        folder.mkdir()
+        if hasattr(os, "geteuid") and os.geteuid() == 0:  # whom permissions do not hinder
+            mount = ["mount", "-t", "tmpfs", "tmpfs", str(folder)]
+            if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+                pytest.skip("needs to mount a disk")
+            mounted.append(folder)
+            fill(folder)
+            subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        else:
+            fill(folder)
+            for path in (folder, *folder.rglob("*")):
+                path.chmod(0o555)
+            if os.access(folder, os.W_OK):
+                pytest.skip("needs a system whose permissions hold for folders")
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+    for path in (tmp_path / "read only").rglob("*"):
+        path.chmod(0o755)
+
+
+@pytest.mark.parametrize("place", ["file", "below a file", "read only", "below read only"])
+def test_a_log_folder_that_cannot_be_written_is_refused_before_pictures_are_read(place, tmp_path, read_only, capsys):
+    (tmp_path / "a file").touch()
+    folder, status = read_only() if "read only" in place else tmp_path / "a file", {}
+    logs = folder / "logs" if "below" in place else folder
+    said = "cannot be written to" if "read only" in place else "is no folder"
+    for name in (["--run-name", "a"], []):
+        status[str(name)] = train.cli(["--data", str(tmp_path / "nothing"), "--log-dir", str(logs), *name])
+        assert capsys.readouterr().err == f"train.py: --log-dir {quoted(logs)}: {folder} {said}\n"
+    assert {*status.values()} == {2}
+
+
+@pytest.mark.parametrize("flags", [(), ("--epochs", "4")])
+def test_a_read_only_run_is_not_resumed(flags, tmp_path, read_only, capsys):
+    assert start(tmp_path, "a", "--epochs", "1") == 0
+    folder = read_only(lambda folder: shutil.copytree(tmp_path / "a", folder / "a"))
+    capsys.readouterr()
+    assert resume(folder, "a", *flags) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: {folder / 'a' / 'run.lock'}: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["config.toml", "epoch_001.pt", "metrics.jsonl", "best.pt"])
+def test_a_file_that_is_deleted_while_it_runs_costs_no_more_than_itself(name, tmp_path, monkeypatch, capsys):
+    expected = dict(uninterrupted("held out"))
+    at_steps(monkeypatch, {40: lambda: (tmp_path / "a" / name).unlink()})  # in the third epoch
+    assert start(tmp_path, "a", *VARIANTS["held out"].split()) == 0
+    found = contents(tmp_path / "a")
+    if name == "epoch_001.pt":
+        del expected[name]
+    assert not differences(expected, found) and "Traceback" not in capsys.readouterr().err
+    assert (tmp_path / "a" / "config.toml").exists() == (name != "config.toml")
+
+
+def test_settings_that_are_damaged_while_it_runs_are_named_when_it_is_resumed(tmp_path, monkeypatch, capsys):
+    at_steps(monkeypatch, {50: lambda: (tmp_path / "a" / "config.toml").write_text("epochs = ")})
+    assert start(tmp_path, "a", *VARIANTS["plain"].split()) == 0
+    assert resume(tmp_path, "a", "--epochs", "4") == 2
+    assert "config.toml: not a TOML file: " in capsys.readouterr().err
 
 
 # ---- which checkpoints are kept ----
@@ -169,6 +245,9 @@ def test_best_is_made_anew_from_its_epochs_checkpoint(tmp_path, capsys):
     assert not differences(expected, contents(tmp_path / "a"))
     assert start(tmp_path, "b", *STILL) == 0
     (tmp_path / "b" / "best.pt").unlink()
+    last = read(tmp_path / "b" / "epoch_003.pt")
+    last["training"]["history"]["columns"]["test_loss"][0] -= 0.1  # so that the first epoch is the best
+    save(tmp_path / "b" / "epoch_003.pt", last)
     for path in (tmp_path / "b").glob("epoch_00[12].pt"):
         path.unlink()
     capsys.readouterr()

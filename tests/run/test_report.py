@@ -11,6 +11,7 @@ import tqdm
 import datasets
 import model
 import train
+from quick.cli import quoted
 from quick.nets import losses
 from quick.run.evaluation import outputs_of_set
 from quick.run.state import TrainState
@@ -32,8 +33,8 @@ def test_what_is_printed(tmp_path, capsys):
     assert out[2].startswith("best: epoch ") and out[2].endswith("(chosen on the test pictures)")
     best = tmp_path / "my logs" / "a" / "best.pt"
     assert re.fullmatch(r"most mistaken: (\w+ taken for \w+ \d+ %(, )?){3}", out[3])
-    assert out[4] == f'python predict.py YOUR_PICTURE --checkpoint "{best}"' and best.exists()
-    assert out[5] == f'tensorboard --logdir "{tmp_path / "my logs"}"'
+    assert out[4] == f"python predict.py YOUR_PICTURE --checkpoint {quoted(best)}" and best.exists()
+    assert out[5] == f"tensorboard --logdir {quoted(tmp_path / 'my logs')}"
 
 
 def test_mistakes_are_those_of_the_best_epoch(tmp_path, monkeypatch, capsys):

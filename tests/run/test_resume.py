@@ -250,9 +250,21 @@ def test_other_pictures_are_noticed(colour_folder, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(colour_folder, data)
     assert train.cli(["--data", str(data), *COLOURS, str(tmp_path), "--epochs", "1"]) == 0
-    (data / "train" / "red" / "00.png").unlink()
+    picture = data / "train" / "red" / "00.png"
+    picture.rename(tmp_path / "00.png")
     assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 1
-    assert "not the 60 pictures that the run trained on" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(
+        f"{data}: not the train pictures that the run had: 1 gone (train/red/00.png); bring them back, or --weights "
+        f"{tmp_path / 'a' / 'best.pt'} starts a new run from its weights\n"
+    )
+    (tmp_path / "00.png").rename(picture)
+    shutil.copy(picture, data / "test" / "red" / "new.png")
+    (tmp_path / "a" / "pictures.csv").unlink()  # then the files cannot be named
+    assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 1
+    assert f"{data}: not the test pictures that the run had; bring them back, or " in capsys.readouterr().err
+    (data / "test" / "red" / "new.png").unlink()
+    assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 0
+    assert (tmp_path / "a" / "pictures.csv").exists()
 
 
 def test_other_classes_are_noticed(colour_folder, tmp_path, capsys):
@@ -260,6 +272,24 @@ def test_other_classes_are_noticed(colour_folder, tmp_path, capsys):
     assert train.cli(["--data", str(tmp_path / "data"), *COLOURS, str(tmp_path), "--epochs", "1"]) == 0
     for split in ("train", "test"):
         (tmp_path / "data" / split / "red").rename(tmp_path / "data" / split / "a red")
+    assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 1
+    error = capsys.readouterr().err
+    assert "not the train and test pictures that the run had: 26 gone (test/red/00.png, test/red/01.png, " in error
+    assert " and 23 more), 26 new (test/a red/00.png, " in error
+
+
+def test_a_run_of_an_earlier_version_knows_only_how_many_pictures_it_had(colour_folder, tmp_path, capsys):
+    shutil.copytree(colour_folder, tmp_path / "data")
+    assert train.cli(["--data", str(tmp_path / "data"), *COLOURS, str(tmp_path), "--epochs", "1"]) == 0
+    checkpoint = torch.load(tmp_path / "a" / "epoch_001.pt", weights_only=True)
+    del checkpoint["training"]["sets"]
+    save(tmp_path / "a" / "epoch_001.pt", checkpoint)
+    picture = tmp_path / "data" / "train" / "red" / "00.png"
+    picture.rename(picture.with_name("zz.png"))
+    assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 0
+    assert "sets" in torch.load(tmp_path / "a" / "epoch_002.pt", weights_only=True)["training"]
+    picture.with_name("zz.png").unlink()
+    (tmp_path / "a" / "epoch_002.pt").unlink()
     assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 1
     assert "not the 60 pictures that the run trained on" in capsys.readouterr().err
 
@@ -304,10 +334,17 @@ STRANGE = {
     "confidence ": torch.zeros(3),
     "confidence  ": torch.zeros(200, dtype=torch.cfloat),
     "step ": -5,
-    "step  ": 10**30,
+    "step  ": 2**62,
     "totals    ": TOTALS | {"step": 7.5},
     "totals     ": TOTALS | {"loss": float("nan")},
     "totals      ": [1],
+    "totals       ": torch.zeros(3),
+    "scaler": {"scale": nested(9)},
+    "mistakes ": ["cat taken for dog 14 %"] * 1000,
+    "mistakes  ": ["x" * 10**5],
+    "history    ": {"columns": {"epoch": torch.ones(1, dtype=torch.int64).expand(2)}, "earlier": 0},
+    "history     ": {"columns": {"epoch": torch.arange(1, 3)}, "earlier": 0},
+    "sets": {"train": nested(9)},
 }
 
 

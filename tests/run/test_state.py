@@ -42,6 +42,10 @@ def test_all_steps_are_counted(hardest, done, epochs):
     assert run_steps(history, 105, config) == sum(counts[done:]) + (1000 if done else 0)
 
 
+def test_the_steps_of_a_million_million_epochs_are_counted_at_once():
+    assert run_steps(History(), 105, Config(epochs=10**12, hardest=0.5, batch_size=10)) == 10**12 * (11 + 6) // 2
+
+
 # ---- going on ----
 
 

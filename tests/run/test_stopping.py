@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from runs import STILL, VARIANTS, at_steps, contents, differences, resume, send,
 
 import train
 from quick.checkpoints import write_file
+from quick.cli import exit_script
 from quick.processes import Group
 from quick.run import folder, stopping
 from quick.run.config import read_config
@@ -116,6 +119,75 @@ def test_ctrl_c_reaches_the_processes_that_read_files_too(colour_folder, tmp_pat
     assert (tmp_path / "logs" / "a" / "interrupted.pt").exists()
 
 
+def as_the_command(flags: list[str], folder: Path) -> None:
+    """The same, and it ends as the command ends."""
+    os.setsid()
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    exit_script(train.cli(flags))
+
+
+def vanish(process, data: Path) -> None:
+    (data / "train" / "red" / "03.png").unlink()
+
+
+def spoil(process, data: Path) -> None:
+    (data / "train" / "red" / "03.png").write_bytes(b"nothing")
+
+
+def kill_a_worker(process, data: Path) -> None:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        pytest.skip("needs Linux, which lists the processes of a process")
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+
+
+def stop_twice(process, data: Path) -> None:
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.005)
+
+
+WAYS_OUT = {  # what happens, the exit status, and what is said
+    "not finite": (None, 1, r"the loss is nan in epoch 1, .*; last good checkpoint: none yet"),
+    "gone": (vanish, 1, r"red/03\.png: No such file or directory; once that is mended, python train\.py --resume "),
+    "spoiled": (spoil, 1, r"red/03\.png: not a picture that Pillow can read; once that is mended, "),
+    "a dead worker": (kill_a_worker, 1, r"a process that reads files was killed, .* or give fewer --workers; once "),
+    "twice": (stop_twice, 130, "interrupted"),
+}
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.expensive] * (way != "a dead worker")) for way in WAYS_OUT]
+)
+def test_every_way_out_ends_all_processes_in_one_line(way, colour_folder, tmp_path, processes):
+    fault, status, message = WAYS_OUT[way]
+    data = shutil.copytree(colour_folder, tmp_path / "data")
+    flags = "--epochs 5000 --batch-size 20 --device cpu --no-views --no-whiten --memory-share 0 --workers 2 --keep 1"
+    flags = ["--data", str(data), *flags.split(), "--run-name", "a", *(() if fault else ("--lr", "1e30"))]
+    process = processes.Process(target=as_the_command, args=(flags, tmp_path))
+    process.start()
+    try:
+        out, deadline = tmp_path / "out", time.monotonic() + 60
+        while fault and not (out.exists() and out.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if fault:
+            fault(process, data)
+        process.join(30)
+        assert process.exitcode == status
+        with pytest.raises(ProcessLookupError):  # none of its workers is left
+            while time.monotonic() < deadline + 60:
+                os.killpg(process.pid, 0)
+                time.sleep(0.01)
+    finally:
+        process.kill()
+    error = (tmp_path / "err").read_text()
+    assert len(re.findall("^train.py: ", error, re.MULTILINE)) == 1 and "Traceback" not in error
+    assert re.search(f"^train.py: .*{message}", error, re.MULTILINE)
+
+
 @pytest.mark.expensive
 def test_ctrl_c_stops_the_command_itself(colour_folder, tmp_path):
     flags = "--epochs 500 --batch-size 20 --device cpu --no-views --no-whiten --memory-share 0 --workers 2 --keep 1"
@@ -201,6 +273,32 @@ def test_an_interrupted_evaluation_is_done_again(way, status, clock, tmp_path, m
     assert training["totals"]["step"] == training["totals"]["steps"] == training["step"] == 20
     assert train.cli(["--resume", str(tmp_path / "a"), "--time-limit", "0"]) == 0
     assert not differences(expected, contents(tmp_path / "a"))
+
+
+def test_an_evaluation_that_takes_longer_than_the_time_limit_does_not_keep_a_run_from_going_on(clock, tmp_path, capsys):
+    assert start(tmp_path, "a", *VARIANTS["plain"].split(), "--time-limit", str(19.5 / 60)) == 0
+    assert "interrupted in epoch 1, after its steps; " in capsys.readouterr().err
+    assert resume(tmp_path, "--time-limit", "1e-9") == 0  # evaluates, and takes a step
+    out, err = capsys.readouterr()
+    assert out.startswith("epoch 1/3") and "interrupted in epoch 2, step 1; " in err
+    assert resume(tmp_path, "--time-limit", "1e-9") == 0
+    assert "interrupted in epoch 2, step 2; " in capsys.readouterr().err
+    assert resume(tmp_path, "--time-limit", "0") == 0
+    assert not differences(uninterrupted("plain"), contents(tmp_path / "a"))
+
+
+def test_the_time_limit_counts_from_the_start_of_the_program(tmp_path):
+    """The imports of a program take seconds, from a slow disk half a minute."""
+    now = time.perf_counter()
+    assert now <= stopping.program_start() < now + 1  # another program calls train.py
+    code = (
+        "import time; before = time.perf_counter(); import quick.run.stopping as s; print(s.program_start() - before)"
+    )
+    (tmp_path / "train.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tmp_path / "train.py"]
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    assert sys.platform != "linux" or -5 < float(said) < 0.02  # the clock of Linux counts in hundredths
 
 
 # ---- patience ----

@@ -71,6 +71,40 @@ def test_copies_of_training_pictures_in_the_test_set_are_found(colour_folder, tm
     assert pairs == [(str(copy), str(tmp_path / "c" / "train" / "blue" / "07.png"))]
 
 
+@pytest.mark.parametrize("share", [0.4, 0])
+def test_pictures_with_nothing_on_them_are_counted(share, tmp_path, capsys):
+    random = np.random.RandomState(0)
+    for split, count in (("train", 20), ("test", 5)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("RGB", (50, 40), [(3, 2, 3), (250, 251, 250), (200, 30, 30), (3, 2, 3)][number % 4])
+                if number >= 12:
+                    image = Image.fromarray(random.randint(0, 256, (40, 50, 3), dtype=np.uint8))
+                image.save(tmp_path / split / name / f"{number:02}.png")
+    sets = datasets.load(str(tmp_path), memory_share=share, workers=0)
+    assert "most train" not in capsys.readouterr().err
+    lines = [line.partition(", first ") for line in datasets.describe(sets).splitlines() if line.startswith("flat")]
+    found = {line.removeprefix("flat      "): path for line, _, path in lines}
+    counts = {"nearly black": (12, 6), "nearly white": (6, 2), "of one colour": (6, 2)}
+    assert set(found) == {
+        f"{count} {split} pictures are {what}"
+        for what, of_sets in counts.items()
+        for split, count in zip(("train", "test"), of_sets, strict=True)
+    }
+    assert found["6 train pictures are nearly white"].endswith(("01.png", "05.png", "09.png"))
+
+
+def test_a_set_of_which_most_is_empty_is_named_when_it_is_read(tmp_path, capsys):
+    for name, level in (("a", 0), ("b", 4)):
+        (tmp_path / name).mkdir()
+        for number in range(9):
+            Image.new("L", (40, 40), level).save(tmp_path / name / f"{number}.png")
+    datasets.load(str(tmp_path))
+    said = capsys.readouterr().err
+    assert "most train pictures are nearly black, " in said and "python datasets.py" in said
+
+
 # ---- the script ----
 
 
@@ -89,7 +123,7 @@ def test_the_script_counts_what_is_held_out_once(colour_folder, capsys):
     datasets.main(["--data", str(colour_folder), "--val-fraction", "0.2"])
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["class", "train", "val", "test"]
-    assert out.splitlines()[4].split() == ["total", "48", "12", "18"]
+    assert out.splitlines()[4].split() == ["total", "51", "9", "18"]  # by the files' names
     assert "memory    0.2 MB" in out and "copies    0 val pictures are in train too\n" in out
     datasets.main("--data shapes --limit 50 --val-fraction 0.2".split())
     out = capsys.readouterr().out

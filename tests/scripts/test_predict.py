@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +128,14 @@ def test_json_has_an_object_a_line(ask, pictures):
     assert sum(guess["probability"] for guess in answers[0]["classes"]) == pytest.approx(1, abs=1e-4)
 
 
+def test_json_tells_what_has_no_answer(ask, pictures):
+    (pictures / "bad.png").write_text("no picture")
+    status, lines, errors = ask("--json", "--top-k", 1, pictures / "a.png", pictures / "bad.png")
+    [answer, error] = map(json.loads, lines)
+    assert status == 1 and answer.keys() == {"file", "classes"} and f"{error['file']}: {error['error']}\n" in errors
+    assert error == {"file": str(pictures / "bad.png"), "error": "not a picture that Pillow can read"}
+
+
 def test_csv_is_a_table_with_a_header(ask, pictures):
     odd = pictures / 'comma, "quote".png'
     noisy(COLOURS["red"], 5).save(odd)
@@ -201,7 +210,7 @@ def test_answers_of_another_table_are_not_used(what, table, tmp_path, colour_run
 def test_a_file_of_ones_own_is_not_overwritten_by_answers(ask, pictures):
     (pictures / "out.csv.0.jsonl").write_text("mine")
     status, _, errors = ask(pictures, "--csv", pictures / "out.csv")
-    assert status == 1 and "holds something else" in errors and errors.count("\n") == 1
+    assert status == 1 and errors.splitlines()[-1].endswith("answers are to go there, but it holds something else")
     assert (pictures / "out.csv.0.jsonl").read_text() == "mine" and not (pictures / "out.csv").exists()
 
 
@@ -280,8 +289,8 @@ def test_show_explains_each_picture_beside_it(ask, pictures):
 def test_the_checkpoints_resize_is_applied(ask, colour_run, tmp_path):
     """The same network, told that its pictures are cut out of a larger middle, sees no rim any more."""
     image = noisy((40, 200, 60), 0, (40, 40))
-    image.paste(noisy((220, 40, 30), 1, (40, 12)), (0, 0))
-    image.paste(noisy((220, 40, 30), 2, (40, 12)), (0, 28))
+    image.paste(noisy((220, 40, 30), 1, (40, 15)), (0, 0))
+    image.paste(noisy((220, 40, 30), 2, (40, 15)), (0, 25))
     image.save(tmp_path / "a.png")
     checkpoint = read(colour_run / "best.pt")
     shares = []
@@ -325,6 +334,14 @@ def test_an_empty_folder_is_named(ask, tmp_path):
         (["--evaluate", "shapes", "--csv"], "--csv: an evaluation is printed as text or with --json"),
         (["-", "--csv", "a.csv"], "--csv a.csv: standard input cannot be read again after a stop"),
         (["--evaluate", "shapes", "--show"], "--show: it explains pictures, not an evaluation"),
+        (["--evaluate", "shapes", "--top-k", "3"], "--top-k: an evaluation counts the most probable class alone"),
+        ([""], "a name is empty"),
+        (["--evaluate", ""], "a name is empty"),
+        (["a.png", "--csv", ""], "a name is empty"),
+        (
+            ["a.png", "--csv", "nowhere/a.csv"],
+            "--csv nowhere/a.csv: that is a folder, or in a folder that is not there",
+        ),
         (["a.png", "--checkpiont", "x"], "unknown flag --checkpiont; did you mean --checkpoint?"),
         (["a.png", "--device", "cuda:99"], "no device 'cuda:99' here"),
     ],
@@ -340,7 +357,9 @@ def test_a_missing_or_broken_checkpoint_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == f"predict.py: {tmp_path / 'no.pt'}: no such checkpoint\n"
     (tmp_path / "bad.pt").write_text("hello")
     assert predict.cli(["a.png", "--checkpoint", str(tmp_path / "bad.pt")]) == 1
-    assert capsys.readouterr().err == f"predict.py: {tmp_path / 'bad.pt'}: not a whole checkpoint of train.py\n"
+    error = capsys.readouterr().err
+    assert error.startswith(f"predict.py: {tmp_path / 'bad.pt'}: not a whole checkpoint of train.py")
+    assert error.count("\n") == 1
 
 
 def test_the_newest_run_is_asked_by_default(run, tmp_path, monkeypatch, capsys):
@@ -386,12 +405,122 @@ def test_names_steer_neither_terminals_nor_spreadsheets(ask, tmp_path, monkeypat
     status, lines, errors = ask(*names[:2], "./-b.png", *names[3:], "g\x07.png", "--csv")
     assert status == 1 and errors.startswith("predict.py: g\\x07.png: ") and errors[:-1].isprintable()
     cells = [row[0] for row in csv.reader(lines[1:])]
-    assert cells == ["'=1+1.png", "'+a.png", "./-b.png", "'@c.png", "d\\x1b[2J.png", 'e,"f.png']
+    assert cells == ["'=1+1.png", "'+a.png", "./-b.png", "'@c.png", "d\x1b[2J.png", 'e,"f.png']
     _, lines, _ = ask(tmp_path)
     assert len(lines) == 6 and all(line.isprintable() for line in lines)
     _, lines, _ = ask(tmp_path, "--json")
-    assert {json.loads(line)["file"] for line in lines} == {str(tmp_path / name) for name in names}
+    assert {json.loads(line)["file"] for line in lines} == {str(tmp_path / name) for name in [*names, "g\x07.png"]}
     assert all(line.isprintable() for line in lines)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no names of other bytes")
+def test_a_table_names_the_very_files(ask, tmp_path):
+    names = [
+        "Screenshot 1.23\u202fPM.png",
+        "می\u200cرود.png",
+        "cafe\u0301.png",
+        "caf\u00e9.png",
+        "a\nb.png",
+        "caf\udce9.png",
+    ]
+    for name in [*names, "=1.png", "'=1.png"]:
+        noisy(COLOURS["red"], 1).save(os.fsencode(tmp_path / name))
+    assert ask(tmp_path, "--csv", tmp_path / "out.csv")[0] == 0
+    with (tmp_path / "out.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        found = [row["file"] for row in csv.DictReader(file)]
+    assert len(found) == 8 and set(found) == {str(path) for path in tmp_path.glob("*.png")}
+    assert {json.loads(line)["file"] for line in ask(tmp_path, "--json")[1]} == set(found)
+
+
+# ---- answers that are no numbers ----
+
+
+@pytest.fixture
+def overflowing(tmp_path, colour_run) -> Path:
+    """A checkpoint whose outputs are finite for a black picture alone."""
+    options = {"classes": 3, "image_size": 32, "batch_norm": False, "activation": "none"}
+    network = model.create("cifar_quick", options)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0 if parameter.ndim == 1 else 1e12)
+    changes = {"model": {"name": "cifar_quick", "options": options}, "state_dict": network.state_dict()}
+    save(tmp_path / "large.pt", read(colour_run / "best.pt") | changes | {"mean": [0.0] * 3, "std": [1.0] * 3})
+    return tmp_path / "large.pt"
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--csv"], ["--csv", "FILE"], ["--show"], ["--tta", "shift"]])
+def test_a_picture_with_outputs_that_are_no_numbers_is_named(flags, ask, pictures, overflowing):
+    Image.new("RGB", (32, 32)).save(pictures / "black.png")
+    table = pictures / "out.csv"
+    flags = [str(table) if flag == "FILE" else flag for flag in flags]
+    status, lines, errors = ask(pictures / "a.png", pictures / "black.png", "--checkpoint", overflowing, *flags)
+    named = f"predict.py: {pictures / 'a.png'}: the network's outputs for it are not finite numbers"
+    assert status == 1 and named in errors.splitlines() and errors.count("finite") == 1
+    text = table.read_text() if table.exists() else "\n".join(lines)
+    assert (
+        "black.png" in text and (str(pictures / "a.png") in text) == ("--json" in flags) and "nan" not in text.lower()
+    )
+    assert "33.3%" in text or "0.333333" in text
+    assert not (pictures / "a.explained.png").exists()
+
+
+def test_a_notebook_is_told_that_outputs_are_no_numbers(pictures, overflowing):
+    with pytest.raises(DataError, match="outputs for it are not finite numbers"):
+        predict.classify(pictures / "a.png", model.load(overflowing))
+
+
+def test_an_evaluation_has_numbers_alone(ask, colour_folder, overflowing):
+    status, lines, errors = ask("--evaluate", colour_folder, "--json", "--checkpoint", overflowing)
+    assert (status, lines) == (
+        1,
+        [],
+    ) and ".png: the network's outputs for it are not finite numbers (18 of 18" in errors
+
+
+# ---- names that lead nowhere, and what the shell left ----
+
+
+def test_what_is_no_file_is_named_and_the_rest_is_answered(ask, pictures):
+    (pictures / "empty").mkdir()
+    strange = ["https://example.org/cat.jpg", "x" * 5000, pictures / "empty", pictures / "*.tiff"]
+    status, lines, errors = ask(*strange, pictures / "a.png", pictures / "a.png")
+    assert status == 1 and len(lines) == 2 and lines[0] == lines[1]
+    reasons = [line.rpartition(": ")[2] for line in errors.splitlines()]
+    assert reasons[0] == "an address on the web; download the picture first"
+    assert reasons[1:] == ["File name too long", "no pictures in this folder", "No such file or directory"]
+
+
+def test_patterns_and_the_home_folder_are_filled_in_where_the_shell_did_not(ask, pictures, monkeypatch):
+    assert ask(pictures / "*.png")[1] == ask(pictures / "a.png")[1]
+    (pictures / "[1].png").write_bytes((pictures / "a.png").read_bytes())
+    assert ask(pictures / "[1].png")[0] == 0
+    monkeypatch.setenv("HOME", str(pictures))
+    monkeypatch.setenv("USERPROFILE", str(pictures))
+    assert ask("~/a.png")[1] == ask(pictures / "a.png")[1]
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"", "empty file"), (b"x", "not a picture that Pillow can read")])
+def test_standard_input_that_is_no_picture(content, reason, ask, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert ask("-") == (1, [], f"predict.py: -: {reason}\n")
+    monkeypatch.setattr(sys, "stdin", None)  # closed
+    assert ask("-") == (1, [], "predict.py: -: empty file\n")
+
+
+def test_standard_input_without_an_end(ask, monkeypatch):
+    monkeypatch.setattr(streaming, "LARGEST_INPUT", 2**20)
+    with open("/dev/zero" if os.path.exists("/dev/zero") else os.devnull) as endless:  # noqa: PTH110, PTH123
+        monkeypatch.setattr(sys, "stdin", endless)
+        status, lines, errors = ask("-")
+    assert (status, lines) == (1, []) and errors.startswith("predict.py: -: ") and errors.count("\n") == 1
+
+
+def test_a_folder_that_takes_no_explanations_is_named_once(ask, pictures):
+    noisy(COLOURS["red"], 4).save(pictures / "a2.png")
+    (pictures / "a.explained.png").mkdir()  # as if it were read-only, for root too
+    status, lines, errors = ask(pictures, "--show", "--top-k", 1)
+    assert status == 1 and len(lines) == 4 and (pictures / "inside" / "c.webp.explained.png").exists()
+    assert errors.count("no explanations there") == 1 and "a.explained.png: " in errors
 
 
 # ---- evaluation ----
@@ -427,6 +556,25 @@ def test_classes_are_matched_by_name(ask, tmp_path):
     noisy((250, 250, 0), 1).save(tmp_path / "test" / "yellow" / "1.png")
     status, _, errors = ask("--evaluate", tmp_path)
     assert status == 1 and "does not know class 'yellow'" in errors
+
+
+def test_a_folder_is_evaluated_whole_unless_the_network_was_trained_on_it(ask, colour_folder, colour_run, tmp_path):
+    def looked_at(folder: Path, checkpoint: Path = colour_run / "best.pt") -> tuple[int, str]:
+        status, [line], errors = ask("--evaluate", folder, "--json", "--checkpoint", checkpoint)
+        assert status == 0
+        return json.loads(line)["pictures"], errors.splitlines()[-1].removeprefix(f"{folder}: ")
+
+    assert looked_at(colour_folder) == (18, "the test pictures, 18")
+    assert looked_at(colour_folder / "test") == (18, "all pictures, 18")
+    assert looked_at(colour_folder / "train") == (60, "all pictures, 60")
+    checkpoint = read(colour_run / "best.pt")
+    unsplit = checkpoint["config"] | {"data": str(colour_folder / "train"), "val_fraction": 0.0}
+    save(tmp_path / "unsplit.pt", checkpoint | {"config": unsplit})
+    count, words = looked_at(colour_folder / "train", tmp_path / "unsplit.pt")
+    assert 3 <= count < 30 and words == f"the held-out pictures, {count}"
+    (tmp_path / "link").symlink_to(colour_folder / "train")
+    assert looked_at(tmp_path / "link", tmp_path / "unsplit.pt") == (count, words)
+    assert looked_at(colour_folder / "test", tmp_path / "unsplit.pt")[0] == 18
 
 
 def test_evaluation_of_nothing(ask):

@@ -149,7 +149,8 @@ def test_held_out_pictures_choose_the_epoch_and_the_test_comes_last(tmp_path, ca
     flags = "--data shapes --limit 200 --epochs 2 --val-fraction 0.2 --device cpu --no-views --run-name a --log-dir"
     assert train.cli([*flags.split(), str(tmp_path)]) == 0
     lines, best = metrics(tmp_path / "a"), torch.load(tmp_path / "a" / "best.pt", weights_only=True)
-    assert all("val_accuracy" in line and "test_accuracy" not in line for line in lines)
+    assert all("val_accuracy" in line for line in lines)
+    assert [line["epoch"] for line in lines if "test_accuracy" in line] == [best["epoch"]]
     assert best["metrics"]["val_accuracy"] == max(line["val_accuracy"] for line in lines)
     out = capsys.readouterr().out
     assert f"test accuracy {best['metrics']['test_accuracy']:.1%}" in out and "chosen on" not in out
@@ -241,18 +242,23 @@ def test_the_runs_config_repeats_the_run(tmp_path):
 # ---- runs that fail ----
 
 
+def test_a_log_folder_that_is_a_file_is_refused_before_pictures_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").write_text("")
+    assert train.cli([*QUICK, "--log-dir", "a file"]) == 2
+    assert capsys.readouterr().err == "train.py: --log-dir 'a file': a file is no folder\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--data", "nowhere"], "no data 'nowhere'"),
-        (["--log-dir", "a file"], "a file: "),
         (["--lr", "1e30", "--no-batch-norm"], "the loss is nan in epoch 1, step"),
         (["--lr", "1e30", "--limit", "20"], "the test loss is nan"),
     ],
 )
 def test_a_run_that_fails_ends_in_one_line_and_status_1(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a file").write_text("")
     assert train.cli([*QUICK, *flags]) == 1
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("train.py: ") and message in error[-1] and len(error) <= 2

@@ -92,3 +92,21 @@ def test_networks_of_torchvision_can_be_looked_into(name):
     assert insight.saliency(network, image).shape == (64, 64)
     assert all(insight.features(maps).ndim == 3 for maps in insight.layer_maps(network, image).values())
     assert insight.filters(network).ndim == 3
+
+
+def test_what_is_no_finite_number_does_not_stop_a_view():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 64, 2))
+    with torch.no_grad():
+        network[0].weight[0], network[0].weight[1] = float("nan"), float("inf")
+    assert (insight.filters(network)[4:49, 4:49] == insight.filters(network)[20, 20]).all()  # grey
+    maps = insight.layer_maps(network, torch.rand(1, 3, 8, 8))["0"]
+    assert not maps.isfinite().all() and insight.features(maps).std() > 5
+    assert insight.saliency(network, torch.rand(1, 3, 8, 8)).isfinite().all()
+
+
+def test_pictures_of_a_pixel_and_filters_of_a_row():
+    network = nn.Sequential(nn.Conv2d(3, 4, (1, 100)))
+    assert insight.filters(network).ndim == 3
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 1))
+    assert insight.layer_maps(network, torch.rand(1, 3, 1, 1)) == {}
+    assert insight.saliency(network, torch.rand(1, 3, 1, 1)).shape == (1, 1)

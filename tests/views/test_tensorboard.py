@@ -11,6 +11,8 @@ import datasets
 import model
 import train
 from quick.data import shapes
+from quick.data.pictures import Pictures
+from quick.data.stores import InMemory
 from quick.run import evaluation
 from quick.run.settings import Config
 from quick.views import tensorboard
@@ -214,3 +216,47 @@ def test_events_are_written_every_half_minute(tmp_path):
     file.flushed -= tensorboard.FLUSH_SECONDS + 1
     board.add_scalar("b", 2.0, 2)
     assert file.path.stat().st_size > before and not file.waiting
+
+
+def test_weights_that_are_no_numbers_leave_the_other_histograms(tmp_path):
+    network, board = model.create("cifar_quick", {"classes": 3}), tensorboard.open_board(tmp_path)
+    with torch.no_grad():
+        network.stage1.conv.weight.fill_(float("nan"))
+        network.stage2.conv.weight[0] = float("inf")
+    network.head.weight.grad = torch.full((3, 64), float("nan"))
+    tensorboard.show_histograms(board, network, 1)
+    board.flush()
+    tags = set(events_in(tmp_path).Tags()["histograms"])
+    missing = {"weights/stage1.conv.weight"}
+    assert tags == {f"weights/{name}" for name, _ in network.named_parameters()} - missing
+
+
+def test_an_embedding_without_numbers_says_so(tmp_path, capsys):
+    tensorboard.report_once.cache_clear()
+    [test_set] = datasets.load("shapes", limit=10, splits=["test"])
+    network, board = model.create("cifar_quick", {"classes": 10}), tensorboard.open_board(tmp_path)
+    with torch.no_grad():
+        network.stage1.conv.weight.fill_(float("inf"))
+    tensorboard.show_embedding(board, network, ["head.weight", "head.bias"], test_set, 1)
+    expected = "no embedding in TensorBoard: the network's features are not all finite numbers\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(("side", "classes"), [(1, ["a"]), (2, ["a", "b" * 1000])])
+def test_tiny_pictures_and_few_classes_can_be_shown(side, classes, tmp_path, capsys):
+    """One class, names of a thousand letters, pictures of a pixel: every view is there."""
+    tensorboard.report_once.cache_clear()
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.Flatten(), torch.nn.Linear(4 * side**2, len(classes))
+    ).eval()
+    images = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    labels = torch.tensor([0, 0, len(classes) - 1])
+    pictures = Pictures(InMemory(images), labels, classes, "test", mean=(0.5,) * 3, std=(0.2,) * 3)
+    board, settings = tensorboard.open_board(tmp_path), Config(histograms=True)
+    probabilities = torch.rand(3, len(classes)).softmax(1)
+    metrics = {"epoch": 1, "step": 1}
+    tensorboard.show_epoch(board, network, [pictures, pictures], settings, metrics, (probabilities, labels), last=True)
+    tensorboard.show_embedding(board, network, ["2.weight", "2.bias"], pictures, 1)
+    board.flush()
+    assert "TensorBoard" not in capsys.readouterr().err
+    assert {"samples", "confusion", "mistakes", "saliency", "filters"} <= set(events_in(tmp_path).Tags()["images"])

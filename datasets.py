@@ -20,7 +20,7 @@ from quick.data.decoding import Sizing, read_picture
 from quick.data.doctor import describe
 from quick.data.folders import read_files
 from quick.data.listing import find_files
-from quick.data.pictures import Pictures, normalize
+from quick.data.pictures import BUILT_IN, Pictures, normalize
 from quick.data.shapes import shapes
 from quick.data.stores import resized
 from quick.data.streaming import Budget, cores
@@ -75,11 +75,11 @@ def load(
     """
     device = torch.device(device)
     sizing = Sizing(image_size, resize, interpolation, tuple(levels) if levels else None)
-    if data in ("cifar10", "shapes") and not set(splits) <= {"train", "test"}:
-        raise DataError(f"{data} has the splits train and test, not {', '.join(splits)}")
-    if data in ("cifar10", "shapes") and Path(data).is_dir():
-        log.info(f"{data}: the built-in set, not the folder of that name here, which is ./{data}")
-    if data in ("cifar10", "shapes"):
+    if data in BUILT_IN:
+        if not set(splits) <= {"train", "test"}:
+            raise DataError(f"{data} has the splits train and test, not {', '.join(splits)}")
+        if Path(data).is_dir():
+            log.info(f"{data}: the built-in set, not the folder of that name here, which is ./{data}")
         splits = splits or ("train", "test")
     if data == "cifar10":
         sets = [cifar10(Path(data_dir), split, data_url, limit) for split in splits]
@@ -107,7 +107,7 @@ def load(
     else:
         raise DataError(f"no data '{data}': neither cifar10 nor shapes nor a folder of pictures")
     for pictures in sets:
-        if data in ("cifar10", "shapes"):  # 32 x 32 pixels, on the CPU
+        if data in BUILT_IN:  # 32 x 32 pixels, on the CPU
             if (image_size, resize or image_size) != (32, 32):
                 pictures.store = resized(pictures.store, sizing)
             pictures.store, pictures.labels = pictures.store.to(device), pictures.labels.to(device)

@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         checked = export(*load(args.checkpoint), args.checkpoint, args.export)
         answers = ", gives the network's own answers" if checked else ""
         print(f"{args.export}: {args.export.stat().st_size / 1e6:,.1f} MB{answers}")
-    elif args.checkpoint:
+    elif args.checkpoint is not None:
         print(describe(args.checkpoint, *load(args.checkpoint)))
     else:
         if error := unknown(config.model):

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import errno
 import io
 import json
 import math
@@ -25,16 +26,15 @@ from quick.checkpoints import TTA, write_file
 from quick.cli import Parser, exit_script, expanded, log, run_script
 from quick.data.asked import find_pictures, is_same_folder, why_unreadable
 from quick.data.decoding import Sizing, read_picture
-from quick.data.pictures import evaluation_batch, normalize
+from quick.data.pictures import BUILT_IN, evaluation_batch, normalize
 from quick.data.streaming import decode_files
 from quick.data.tree import EXPLAINED
-from quick.errors import CheckpointError, DataError, composed, printable
+from quick.errors import CheckpointError, DataError, composed, in_short, printable
 from quick.nets import losses
 from quick.processes import ALONE, Group
 from quick.run import evaluation
 from quick.views import drawing, fonts, insight
 
-BUILT_IN = ("cifar10", "shapes")
 NOT_FINITE = "the network's outputs for it are not finite numbers"
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             log.info(f"checkpoint: {path}")
 
         if args.evaluate:
-            result = evaluate(args.evaluate, args.data_dir, network, checkpoint, device=device, group=group)
+            result = evaluate(args.evaluate, args.data_dir, network, checkpoint, path, group)
             if args.form == "json":
                 print(json.dumps(result, allow_nan=False))
             else:
@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
                     try:
                         explain(found, network, checkpoint)
                     except OSError as error:
-                        refused.add(folder)
+                        if error.errno != errno.ENAMETOOLONG:  # which the others may not be
+                            refused.add(folder)
                         found = found._replace(error=f"no explanations there: {error.filename}: {error.strerror}")
                 yield found
 
@@ -106,7 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tta", choices=TTA, help="test-time augmentation; default: as in training")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     args = parser.parse_args(argv)
-    if "" in [*args.pictures, args.evaluate, args.csv, args.data_dir]:
+    if "" in [*args.pictures, args.evaluate, args.csv, args.data_dir, args.checkpoint]:
         parser.error("a name is empty; give one of a file or folder")
     if args.csv:
         args.form, args.csv = "csv", "" if args.csv is True else expanded(args.csv)
@@ -228,22 +229,21 @@ def explain(answer: Answer, network: nn.Module, checkpoint: dict) -> None:
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    data: str, data_dir: str, network: nn.Module, checkpoint: dict, *, device: torch.device, group: Group = ALONE
-) -> dict:
+def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, path: Path, group: Group = ALONE) -> dict:
     """Loss, metrics, accuracy of each class, and confusion counts (rows: truth) on the test set of `data`.
 
     Of a folder: on the test pictures if it has splits, else on all in it; but only on those that were held out if it is
-    the one that the network was trained on. Raises DataError, also where outputs are not finite numbers.
+    the one that the network of the checkpoint at `path` was trained on. Raises DataError, also where outputs are not
+    finite numbers.
     """
-    classes, config = checkpoint["classes"], checkpoint["config"]
+    classes, config, device = checkpoint["classes"], checkpoint["config"], next(network.parameters()).device
     preparation = {name: checkpoint[name] for name in ("image_size", "resize", "interpolation", "mean", "std")}
     preparation["levels"] = checkpoint["levels"] or ()  # none: those of the type, as for single pictures
     fraction = config.get("val_fraction", 0.0)
     if isinstance(fraction, float) and 0 <= fraction < 1:  # a stranger's checkpoint can say anything
         preparation["val_fraction"] = fraction
     trained_on = config.get("data")
-    is_own = data in BUILT_IN or (trained_on not in BUILT_IN and is_same_folder(data, trained_on))
+    is_own = data in BUILT_IN or (trained_on not in BUILT_IN and is_same_folder(data, config, path))
     splits = ["test" if is_own else "whole"]
     [test_set] = datasets.load(data, data_dir, device=device, splits=splits, group=group, **preparation)
     if data not in BUILT_IN:
@@ -252,7 +252,7 @@ def evaluate(
     index_of = {composed(name): index for index, name in enumerate(classes)}
     names = [composed(name) for name in test_set.classes]
     if strange := [name for name in names if name not in index_of]:
-        raise DataError(f"{data}: the checkpoint does not know class '{strange[0]}'; {', '.join(classes)}")
+        raise DataError(f"{data}: the checkpoint does not know class '{strange[0]}'; {in_short(classes)}")
     places = torch.tensor([index_of[name] for name in names], device=device)
     tta, loss = config.get("tta", "none"), config.get("loss", "cross_entropy")
     logits, labels = evaluation.outputs_of_set(network, test_set, classes=len(classes), group=group, tta=tta)

@@ -21,11 +21,10 @@ import numpy as np
 from quick.checkpoints import write_file
 from quick.cli import log, progress_bar
 from quick.errors import DataError, printable
-from quick.processes import ALONE, Group
+from quick.processes import ALONE, LOCK_SECONDS, Group
 
 FORMULA = re.compile(r"'*\s*[=+\-@\uff1d\uff0b\uff0d\uff20\t\r\n]")  # how cells begin that spreadsheets compute
 NAME_ERRORS = sys.getfilesystemencodeerrors()  # how bytes of names that are no text come in and go out
-LOCK_SECONDS = 6  # worker processes of a killed process notice within 5 seconds that it is gone
 FSYNC_EVERY = 1000  # answers, after which a journal is forced to the disk; each line is flushed to the system
 
 
@@ -85,11 +84,12 @@ def print_evaluation(result: dict, classes: list[str], metrics: Iterable[str]) -
     print("  ".join([*scores, f"{result['pictures']:,} test pictures\n"]))
     width = max(map(len, [*classes, "class"]))
     cell = max(5, len(str(max(map(max, result["confusion"])))) + 1)
+    digits = max(2, len(str(len(classes) - 1)))
     numbers = "".join(f"{index:>{cell}}" for index in range(len(classes)))
-    print(f"   {'class':{width}}  accuracy  {numbers}   <- taken for")
+    print(f"{'':{digits}} {'class':{width}}  accuracy  {numbers}   <- taken for")
     for index, (name, row) in enumerate(zip(classes, result["confusion"], strict=True)):
         share = f"{result['classes'][name]:.1%}" if name in result["classes"] else "-"
-        print(f"{index:>2} {name:{width}}  {share:>8}  {''.join(f'{count:>{cell}}' for count in row)}")
+        print(f"{index:>{digits}} {name:{width}}  {share:>8}  {''.join(f'{count:>{cell}}' for count in row)}")
 
 
 def report_error(name: str, error: str) -> None:
@@ -147,8 +147,9 @@ def write_table(
     answers of another process do not arrive here; FileExistsError if a file is in the way of a journal.
     """
     with contextlib.ExitStack() as stack:
-        group.from_rank0(lambda: stack.enter_context(locked(path)) and None)
-        digest = hashlib.sha256(repr((settings, list(names))).encode()).hexdigest()
+        if group.rank == 0:
+            stack.enter_context(locked(path))
+        digest = group.from_rank0(lambda: digest_of(settings, names))
         done = group.from_rank0(lambda: set(read_journals(path, digest, len(names))))
         if done:
             log.info(f"{path}: {len(done):,} of {len(names):,} files are done already")
@@ -165,8 +166,20 @@ def write_table(
     return 0 if group.size > 1 else status  # torchrun would take 1 for a failure, and start all processes again
 
 
+def digest_of(settings: str, names: Sequence[str]) -> str:
+    """By what a table is known: settings, and the files' names, sizes in bytes and times of their last change."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name in names:
+        try:
+            state = os.stat(name)  # noqa: PTH116 - of very many files; a Path would take three times as long
+        except (OSError, ValueError):
+            state = None  # it can come later
+        digest.update(repr((name, state and (state.st_size, state.st_mtime_ns))).encode())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path) -> Iterator[None]:
     """Keep other processes from writing this table meanwhile; raises DataError when one does already, OSError."""
     from filelock import FileLock, Timeout  # most calls do without it
 
@@ -178,7 +191,7 @@ def locked(path: Path) -> Iterator[bool]:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     try:
-        yield True
+        yield
     finally:
         with contextlib.suppress(OSError):  # Windows removes no open file; there the lock itself removes it
             Path(lock.lock_file).unlink()

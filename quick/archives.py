@@ -1,6 +1,7 @@
 """Files from elsewhere, before anything of them is read: what they are, and whether an archive is as torch.save writes
 one."""
 
+import codecs
 import pickle
 import pickletools
 import re
@@ -34,6 +35,7 @@ BEGINNINGS = {
     b"version https://git-lfs": "a pointer of Git LFS (`git lfs pull` brings the file itself)",
     b"<!DOCTYPE html": "a web page (download the file itself)",
     b"<html": "a web page (download the file itself)",
+    b"<?xml": "a web page (download the file itself)",
     b"GGUF": "a GGUF file",
     b"\x1f\x8b": "a gzip archive",
     b"\x89PNG": "a picture",
@@ -64,7 +66,7 @@ def kind_of(file: BinaryIO) -> str | None:
                 return kind
         return None if any(name.lower().endswith("/data.pkl") for name in names) else "a zip archive of other things"
     for beginning, kind in BEGINNINGS.items():
-        if head.lower().startswith(beginning.lower()):
+        if head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(beginning.lower()):
             return kind
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return "a Python pickle, which could run code (it was not loaded)"

@@ -1,5 +1,6 @@
 """Checkpoints as files: written whole or not at all, and checked before anything of them is used."""
 
+import contextlib
 import io
 import math
 import os
@@ -69,7 +70,8 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
         error.filename, error.filename2 = str(path), None  # not the file aside
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name too long for the system cannot even be looked for
+            aside.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> dict:
@@ -122,7 +124,7 @@ def foreign_content(content: object) -> str | None:
     what = f"a {type(content).__name__}"
     if isinstance(content, dict):
         names = [key[:40] for key in content if isinstance(key, str)]
-        what = f"a checkpoint of another program, with {', '.join(names[:5])}"
+        what = f"a checkpoint of another program, with {', '.join(names[:5]) or 'no names in it'}"
         if content and all(isinstance(value, Tensor) for value in content.values()):
             what = "weights alone (a state_dict), without network, classes and sizes"
     return f"not a whole checkpoint of train.py but {what}; {OURS}"

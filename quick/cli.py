@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import Field, field
@@ -217,6 +216,17 @@ def run_script(
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
+        if out_of_memory(error):
+            asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+            message = f"there is not enough memory{f' ({asked[1]} more)' if asked else ''}; {LESS_MEMORY[script]}"
+        elif isinstance(error, ConnectionError | EOFError) or LOST_WORKER.search(str(error)):
+            more = "" if script == "predict.py" else ", or give fewer --workers"
+            message = f"a process that reads files was killed, most likely because memory ran out: free some{more}"
+        else:
+            raise
+        log.error("; ".join([f"{script}: {message}", *getattr(error, "__notes__", [])]))
+        return 1
     except (Problem, OSError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.strerror:
@@ -224,17 +234,6 @@ def run_script(
             message = f"{name}: {error.strerror}" if name else error.strerror
         log.error("; ".join([f"{script}: {message}", *getattr(error, "__notes__", [])]))
         return getattr(error, "status", 1)
-    except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error):
-            asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
-            message = f"there is not enough memory{f' ({asked[1]} more)' if asked else ''}; {LESS_MEMORY[script]}"
-        elif LOST_WORKER.search(str(error)):
-            more = "" if script == "predict.py" else ", or give fewer --workers"
-            message = f"a process that reads files was killed, most likely because memory ran out: free some{more}"
-        else:
-            raise
-        log.error("; ".join([f"{script}: {message}", *getattr(error, "__notes__", [])]))
-        return 1
     except KeyboardInterrupt as error:
         log.error(f"{script}: interrupted{interrupted}")
         with contextlib.suppress(OSError):
@@ -248,11 +247,8 @@ def exit_script(status: int) -> None:
 
     They leave a first SIGTERM to this process, so that Python, which sends one at its end, would wait for them.
     """
-    if workers := multiprocessing.active_children():
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error for each
-        for worker in workers:
-            worker.kill()
+    for worker in multiprocessing.active_children():
+        worker.kill()
     try:
         if sys.stdout:
             sys.stdout.flush()

@@ -7,7 +7,7 @@ that meets one prints that line and ends with the problem's `status`, without a 
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # Control characters, separators of lines and paragraphs, marks that turn the order of letters round
 # (unicode.org/reports/tr36, section 2.4), and surrogates: bytes of a file's name that are no text.
@@ -76,6 +76,12 @@ def printable(text: str) -> str:
     which macOS writes into the names of screenshots.
     """
     return STEERING.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def in_short(names: Sequence[str], most: int = 10) -> str:
+    """The first of these names, and how many more there are: some data sets have thousands of classes."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def composed(text: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quick.errors import Ended, GroupError
 
 LOST = re.compile(r"gloo|nccl|store|socket|connection|broken pipe|timed out", re.IGNORECASE)
+LOCK_SECONDS = 6  # to wait for a lock: worker processes of a killed process notice within 5 seconds that it is gone
 WRAPPED = []  # networks in groups are never freed: PyTorch 2.10 can wait for itself when it frees one
 T = TypeVar("T")
 

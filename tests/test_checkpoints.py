@@ -540,7 +540,8 @@ FOREIGN = {
     "scripted.pt": (scripted(), "a TorchScript file"),
     "a.onnx": (b"\x08\x0a\x12\x07pytorch\x1a\x062.14.1" + bytes(100), "an ONNX file"),
     "weights.npz": (zipped(**{"arr_0.npy": b"\x93NUMPY"}), "a file of NumPy"),
-    "page.pt": (b"<!DOCTYPE html><html>", "a web page (download the file itself)"),
+    "page.pt": (b"\xef\xbb\xbf\n <!doctype HTML><html>", "a web page (download the file itself)"),
+    "error.pt": (b'<?xml version="1.0"?><Error>', "a web page (download the file itself)"),
     "pointer.pt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a pointer of Git LFS"),
     "cat.jpg": (b"\xff\xd8\xff\xe0" + bytes(100), "a picture"),
     "weights.tar.gz": (b"\x1f\x8b\x08" + bytes(100), "a gzip archive"),
@@ -565,7 +566,7 @@ def test_other_programs_files_are_named_in_every_script(name, tmp_path, capsys):
         assert "give one that train.py wrote, such as logs/RUN/best.pt" in err
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.expensive)])
 def test_what_export_wrote_is_no_checkpoint(suffix, checkpoint, tmp_path):
     if suffix == ".onnx":
         pytest.importorskip("onnxscript")

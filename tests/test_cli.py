@@ -235,3 +235,9 @@ def test_a_script_without_memory_says_what_needs_less(script, allocate, capsys):
     assert run_script(script, allocate, []) == 1
     out, err = capsys.readouterr()
     assert err.startswith(f"{script}: there is not enough memory") and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_killed_worker_is_named_however_it_shows(error, capsys):
+    assert ending_with(error) == 1
+    assert capsys.readouterr().err.startswith("a.py: a process that reads files was killed, most likely because memory")

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from quick.data.tree import list_pictures
 
-STANDARD_INPUT = "-"
-
 
 def find_pictures(names: Sequence[str]) -> Iterator[str]:
     """The pictures to classify, in the order given: folders are searched, `-` is standard input.
@@ -40,12 +38,25 @@ def why_unreadable(name: str, error: str) -> str:
 
 def is_folder(name: str) -> bool:
     """Whether this is a folder; False also for names that the system refuses, such as very long ones."""
-    return name != STANDARD_INPUT and os.path.isdir(name)  # noqa: PTH112 - Path's raises an error
+    return name != "-" and os.path.isdir(name)  # noqa: PTH112 - Path's raises an error
 
 
-def is_same_folder(data: str, other: object) -> bool:
-    """Whether two paths lead to one folder; `other` may be anything, as strangers' checkpoints hold it."""
-    try:
-        return isinstance(other, str) and Path(other).samefile(data)
-    except (OSError, ValueError):
+def is_same_folder(data: str, config: dict, checkpoint: Path) -> bool:
+    """Whether `data` is the folder that the run of a checkpoint with this `config` was trained on.
+
+    A relative name counts from where the training was started, which is told by the place of logs/RUN/best.pt; if that
+    was moved, from the working folder. The config may hold anything, as strangers' checkpoints do.
+    """
+    trained_on, log_dir = config.get("data"), config.get("log_dir")
+    if not isinstance(trained_on, str):
         return False
+    around, starts = checkpoint.absolute().parents, [Path()]
+    if isinstance(log_dir, str) and len(around) > 1 and not Path(log_dir).is_absolute():
+        starts = [start for start in around[1:] if Path(start, log_dir) == around[1]] + starts
+    for start in starts:
+        try:
+            if Path(start, trained_on).is_dir():
+                return Path(start, trained_on).samefile(data)
+        except (OSError, ValueError):
+            pass
+    return False

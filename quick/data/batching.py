@@ -48,8 +48,7 @@ def balanced(labels: Tensor, classes: list[str], limit: int) -> Tensor:
     """
     if limit < len(classes):
         raise LimitError(f"--limit {limit} is below the number of classes, {len(classes)}")
+    by_class, counts = labels.argsort(stable=True), torch.bincount(labels, minlength=len(classes))
     rank = torch.empty_like(labels)  # of a picture within its class
-    for label in range(len(classes)):
-        of_class = (labels == label).nonzero().squeeze(1)
-        rank[of_class] = torch.arange(len(of_class))
+    rank[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     return torch.argsort(rank, stable=True)[:limit].sort().values

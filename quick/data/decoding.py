@@ -46,7 +46,7 @@ class Sizing(NamedTuple):
     """How a picture of any size becomes a square of bytes.
 
     Its shorter side is resized to `resize`, and its middle is cut out. Of pixels wider than 8 bits, `levels` are the
-    values that become 0 and 255; None: those of the type (0 and 65535), for floats those of the picture.
+    values that become 0 and 255; None: 0 and 65535, or those of the picture if it has others or floats.
     """
 
     side: int = 32  # of the square, in pixels

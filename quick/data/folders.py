@@ -16,7 +16,7 @@ from quick.data.decoding import Decoded, Files, Sizing, open_picture
 from quick.data.doctor import flat
 from quick.data.listing import Listing
 from quick.data.pictures import Pictures, histogram, statistics
-from quick.data.pixels import levels_of
+from quick.data.pixels import Values, levels_of
 from quick.data.stores import InMemory, Streamed
 from quick.data.streaming import Budget, decoder
 from quick.errors import DataError, printable
@@ -41,7 +41,8 @@ def read_files(
     them if `strict`, and where too few are left. With `find_levels` pictures wider than 8 bits a pixel set the sizing's
     levels, and all are read again with these.
     """
-    labels = torch.tensor([listing.classes.index(name) for _, name in listing.files])
+    label_of = {name: label for label, name in enumerate(listing.classes)}
+    labels = torch.tensor([label_of[name] for _, name in listing.files])
     chosen = balanced(labels, listing.classes, limit) if limit else torch.arange(len(labels))
     # The order is mixed once and for all: in class order, unshuffled training would forget all but the last class.
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
@@ -84,6 +85,7 @@ def read_files(
         pictures.mean, pictures.std = statistics(counts)
     pictures = pictures if good.all() else pictures.take(good.nonzero().squeeze(1))
     check_bad_files(pictures, strict)
+    tell_values_outside(decoded.values, files.sizing.levels, listing.split)
     some = min(64, pictures.evaluation_batch)
     sample = pictures.take(torch.arange(0, len(pictures), math.ceil(len(pictures) / some)))
     for what, places in flat(sample).items():
@@ -138,6 +140,17 @@ def stored_width(paths: np.ndarray, sizing: Sizing) -> int:
         except Exception:  # bad files are named when all are read
             continue
     return min(round(sizing.shorter * longest), 2 * sizing.side)
+
+
+def tell_values_outside(values: list[Values], levels: tuple[float, float] | None, split: str) -> None:
+    """Warn where most of the pictures wider than 8 bits go beyond the levels by more than half of what these span."""
+    low, high = levels or (-math.inf, math.inf)
+    reach = (high - low) / 2
+    beyond = [part for part in values if part.lowest < low - reach or part.highest > high + reach]
+    if 2 * len(beyond) > len(values):
+        least, most = min(part.lowest for part in beyond), max(part.highest for part in beyond)
+        what = f"values {least:g} to {most:g}, far beyond the levels {low:g} to {high:g} that become black and white"
+        log.warning(f"most {split} pictures of more than 8 bits have {what}")
 
 
 def check_bad_files(pictures: Pictures, strict: bool) -> None:

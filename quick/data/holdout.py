@@ -17,27 +17,33 @@ def held_out(names: Sequence[str], classes: Sequence[str], fraction: float, root
     held out is then a matter of luck. `names` and `classes` are those of the pictures. Says in one line where none of a
     class is held out; raises LimitError where none at all is, or where all of a class are.
     """
-    places = [hash_fraction(name) for name in names]
+    hashes = [hash_fraction(name) for name in names]
     lowest, highest = {}, {}
-    for name, place in zip(classes, places, strict=True):
-        lowest[name] = min(place, lowest.get(name, 1))
-        highest[name] = max(place, highest.get(name, 0))
+    for name, value in zip(classes, hashes, strict=True):
+        lowest[name] = min(value, lowest.get(name, 1))
+        highest[name] = max(value, highest.get(name, 0))
     if len(names) == len(highest):
-        raise LimitError(f"{root}: one picture a class; put at least two into each, one of which is held out")
+        what = "one picture a class; put at least two into each, one of which is held out"
+        raise LimitError(f"{root}: {what} (or raise --limit)")
     first, last = min(lowest.values()), min(highest.values())
-    hint = "put more pictures into each class"
-    for above, how in ((max(lowest.values()), "some of each class"), (first, "some")):
-        if shares := [share / 100 for share in range(1, 100) if above < share / 100 <= last]:
-            hint = f"--val-fraction {min(shares, key=lambda share: abs(share - fraction))} holds out {how}"
-            break
+
+    def hint(above: float, how: str) -> str:
+        shares = [share / 100 for share in range(1, 100) if above < share / 100 <= last]
+        nearest = min(shares, key=lambda share: abs(share - fraction), default=0)
+        return f"--val-fraction {nearest} holds out {how}" if nearest else ""
+
+    of_each = hint(max(lowest.values()), "some of each class")
+    add = "put more pictures into each class"
     if not first < fraction <= last:
         emptied = min(highest, key=highest.get)
         what = "no picture" if fraction <= first else f"all pictures of class '{emptied}'"
-        raise LimitError(f"{root}: by the files' names, a share of {fraction:g} holds out {what}; {hint}")
-    if without := sorted(name for name, place in lowest.items() if place >= fraction):
+        advice = of_each or hint(first, "some") or add
+        raise LimitError(f"{root}: by the files' names, a share of {fraction:g} holds out {what}; {advice}")
+    if without := sorted(name for name, value in lowest.items() if value >= fraction):
         more = f" (and of {len(without) - 1} more)" if len(without) > 1 else ""
-        log.warning(f"{root}: by the files' names, no picture of class '{without[0]}'{more} is held out; {hint}")
-    return [place < fraction for place in places]
+        what = f"no picture of class '{without[0]}'{more}"
+        log.warning(f"{root}: by the files' names, {what} is held out; {of_each or add}")
+    return [value < fraction for value in hashes]
 
 
 def names_below(root: str | Path, paths: Iterable[str]) -> list[str]:
@@ -48,5 +54,5 @@ def names_below(root: str | Path, paths: Iterable[str]) -> list[str]:
 
 def hash_fraction(name: str) -> float:
     """A number in [0, 1) from a file's name."""
-    digest = hashlib.md5(name.encode("utf-8", "surrogateescape"), usedforsecurity=False).digest()
+    digest = hashlib.md5(name.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
     return int.from_bytes(digest[:6]) / 2**48

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from quick.cli import read_text
+from quick.cli import log, read_text
 from quick.data.holdout import held_out, names_below
 from quick.data.tree import Folder, Place, in_words, path_of, search, tell_left_out
-from quick.errors import DataError, LimitError, composed, printable
+from quick.errors import DataError, LimitError, composed, in_short, printable
 
 SPLITS = {  # and the words in the names of their folders
     "train": ("train", "training", "训练"),
@@ -45,8 +45,9 @@ def find_files(root: Path, splits: Sequence[str], fraction: float) -> dict[str, 
     parts = find_parts(tree, root)
     if "whole" in splits:
         split = next((split for split in ("test", "val") if split in parts), "whole")
-        files, bad = list_files(tree, root, parts.get(split, parts.get("train", ())))
-        found = {"whole": Listing(split, class_names(root, files, least=1), files, bad)}
+        place = parts.get(split, parts.get("train", ()))
+        files, bad = list_files(tree, root, place)
+        found = {"whole": Listing(split, class_names(root.joinpath(*place), files, least=1), files, bad)}
     elif set(parts) <= {"train"}:
         if not set(splits) <= {"train", "test"}:
             raise DataError(f"{root}: it has no folders train/ and test/, only these two splits can be made of it")
@@ -73,11 +74,16 @@ def split_by_folders(
         part = root.joinpath(*parts[source])
         files, bad = list_files(tree, root, parts[source])
         if not files:
-            raise DataError(f"{part}: no class folders with pictures in it, and its name is that of a split")
+            what = "no class folders with pictures in it, and its name is that of a split"
+            hint = "; sort its pictures into folders of their classes, or move it away"
+            raise DataError(f"{part}: {what}{but_these(tree[parts[source]].left_out)}{hint}")
         classes = classes or class_names(part, files, least=2 if split == "train" else 1)
-        for name in sorted({name for _, name in files} - set(classes)):
+        filled = {name for _, name in files}
+        for name in sorted(filled - set(classes)):
             train = root.joinpath(*parts["train"])
-            raise DataError(f"{part}: class '{name}' is not in {train}, which has: {', '.join(classes)}")
+            raise DataError(f"{part}: class '{name}' is not in {train}, which has: {in_short(classes)}")
+        if lacking := sorted(set(classes) - filled):
+            log.warning(f"{part}: no pictures of these classes, which are not measured: {in_short(lacking)}")
         found[split] = Listing(split if fraction else source, classes, files, bad)
     return found
 
@@ -164,10 +170,13 @@ def list_files(tree: Tree, root: Path, part: Place) -> tuple[list[tuple[str, str
             files += [(path, composed(name)) for path in paths]
         elif not any(folder.is_ours for _, folder in folders):
             counts = sum((folder.left_out for _, folder in folders), Counter())
-            raise DataError(
-                f"{root.joinpath(*part, name)}: no pictures in it{f'; left out: {in_words(counts)}' if counts else ''}"
-            )
+            raise DataError(f"{root.joinpath(*part, name)}: no pictures in it{but_these(counts)}")
     return files, bad
+
+
+def but_these(counts: Counter[str]) -> str:
+    """What was left out, as the end of an error message; empty if nothing was."""
+    return f"; left out: {in_words(counts)}" if counts else ""
 
 
 def label_name(name: str) -> str:
@@ -211,7 +220,10 @@ def class_names(part: Path, files: list[tuple[str, str]], least: int = 2) -> lis
         raise DataError(f"{part}: class '{strange[0]}' has control characters in its name; rename its folder")
     if len(classes) < least:
         found = f"one class alone, '{classes[0]}'" if classes else "no class folders with pictures"
-        raise DataError(f"{part}: {found}; a classifier needs at least {least}")
+        folders = {str(Path(path).parent) for path, _ in files}
+        inner = f"; if the classes are in {os.path.commonpath(folders)}, give that folder" if len(folders) > 1 else ""
+        needed = "a classifier needs at least 2" if least > 1 else "sort its pictures into folders of their classes"
+        raise DataError(f"{part}: {found}; {needed}{inner}")
     return classes
 
 

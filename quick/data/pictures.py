@@ -17,6 +17,8 @@ from quick.data.stores import Enlarged, InMemory, Streamed
 from quick.errors import LimitError
 from quick.processes import ALONE, Group
 
+BUILT_IN = ("cifar10", "shapes")  # sets that are no folders
+
 
 class Batch(NamedTuple):
     """The pictures of a batch that one process works on, N of them, on the device."""
@@ -35,7 +37,7 @@ class Pictures:
     store: InMemory | Streamed | Enlarged  # or another that has what quick/data/stores.py says
     labels: Tensor  # int64 (N,), on the device
     classes: list[str]
-    split: str  # train, val or test
+    split: str  # train, val, test, or whole: all of a folder without splits
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # a channel, of pixels in [0, 1]
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     rows: Tensor | None = None  # int64 (N,), on the device: where the store has them; None: all, in its order
@@ -171,7 +173,8 @@ class Pictures:
                 of_class = order[labels[order] == label]
                 is_out[of_class[: round(fraction * len(of_class))]] = True
         if min(is_out.sum(), (~is_out).sum()) < 2:
-            raise LimitError(f"--val-fraction {fraction} of {len(self)} pictures leaves too few on one side")
+            what = f"--val-fraction {fraction} of {len(self)} pictures leaves too few on one side"
+            raise LimitError(f"{what}; take another fraction, or more pictures")
         rest, val = (self.take(part.nonzero().squeeze(1)) for part in (~is_out, is_out))
         return [rest, replace(val, split="val")]
 

@@ -22,11 +22,26 @@ LARGEST_INPUT = 2**30  # bytes of a picture on standard input
 MANY = 2000  # files to classify; from here on it pays to start processes that read them
 
 
-def decoder(
-    files: Files, batches: Iterable[list[int]], workers: int, device: torch.device
-) -> "torch.utils.data.DataLoader[Decoded]":
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader that notices a killed worker where its batch is waited for, within 5 seconds.
+
+    PyTorch's own signal handler would raise the error wherever this process is: in the decoding of a picture, which
+    would be called a bad one, or in what ends the script.
+    """
+
+    def __iter__(self) -> Iterator[Decoded]:
+        if not hasattr(signal, "SIGCHLD"):  # Windows
+            return super().__iter__()
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = super().__iter__()
+        if signal.getsignal(signal.SIGCHLD) != before:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        return batches
+
+
+def decoder(files: Files, batches: Iterable[list[int]], workers: int, device: torch.device) -> Loader:
     """A loader that decodes one batch of rows of `files` after the other, in `workers` processes (0: in this one)."""
-    return torch.utils.data.DataLoader(
+    return Loader(
         files,
         sampler=batches,
         batch_size=None,

@@ -94,7 +94,10 @@ class Search:
         except OSError as error:
             if not place:
                 raise
-            self.folders[place[:-1]].left_out[f"{place[-1]}{os.sep} ({error.strerror or error})"] += 1
+            if error.strerror:  # an unreadable folder is there: it may be a class, which must not get lost
+                self.folders[place] = Folder([], Counter(), False)
+            where = place if error.strerror else place[:-1]
+            self.folders[where].left_out[f"{place[-1]}{os.sep} ({error.strerror or error})"] += 1
             return []
         self.seen.add(real)
         is_ours = any(entry.name.startswith(EVENTS) for entry in entries)
@@ -117,7 +120,7 @@ class Search:
                     elif knows_inodes:
                         self.inodes.append(entry.inode())
                 elif not entry.is_dir():
-                    folder.left_out.update(kind_of(entry))
+                    folder.left_out.update(words_for(entry))
                 elif name[0] == "." or name in SYSTEM:
                     folder.left_out[f"{name}{os.sep}"] += 1
                 elif is_link(entry):
@@ -158,7 +161,7 @@ def is_picture(entry: os.DirEntry) -> bool:
     return not entry.name.endswith(EXPLAINED) and entry.is_file()
 
 
-def kind_of(entry: os.DirEntry) -> list[str]:
+def words_for(entry: os.DirEntry) -> list[str]:
     """What a file is that is left out, in words; nothing for debris."""
     if entry.name in DEBRIS:
         return []

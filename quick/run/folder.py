@@ -23,6 +23,7 @@ from quick.checkpoints import FORMAT, read, to_bytes, write_file, wrong_classes
 from quick.cli import log, quoted
 from quick.errors import CheckpointError, ConfigError, DataError, TrainingError
 from quick.nets.losses import confusion_counts, worst_pairs
+from quick.processes import LOCK_SECONDS
 from quick.run.config import as_toml, to_plain
 from quick.run.files import INTERRUPTED, LOCK, epoch_file, epoch_files, epoch_of, is_empty, job_line, remove
 from quick.run.history import History
@@ -31,7 +32,7 @@ from quick.run.settings import Config
 from quick.run.state import TrainState
 from quick.views.tensorboard import NoBoard, open_board
 
-LOCK_SECONDS = 6  # workers of a killed process notice within 5 seconds that it is gone
+MOST_NAMED = 6  # files in the error of a run that could not save them
 
 
 class RunFolder:
@@ -161,8 +162,9 @@ class RunFolder:
                     if old <= epoch - keep:
                         remove(path)
                 self.unsaved = {name: why for name, why in self.unsaved.items() if epoch_of(name, epoch) > epoch - keep}
-        tqdm.write(line)  # above the bar of the epoch in progress
-        sys.stdout.flush()
+        if sys.stdout:  # else it is closed
+            tqdm.write(line)  # above the bar of the epoch in progress
+            sys.stdout.flush()
 
     def save_interrupted(self, state: TrainState) -> None:
         """Save a run in the middle of an epoch, and print how to go on."""
@@ -247,8 +249,11 @@ class RunFolder:
 
     def check_saved(self) -> None:
         """Raise TrainingError when something could not be saved."""
-        if self.unsaved:
-            raise TrainingError(f"not saved: {', '.join(f'{name} ({why})' for name, why in self.unsaved.items())}")
+        if names := sorted(self.unsaved, key=epoch_of):  # other files than those of epochs come first
+            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+            raise TrainingError(
+                f"not saved: {', '.join(f'{name} ({self.unsaved[name]})' for name in names[:MOST_NAMED])}{more}"
+            )
 
     def checkpoint_of(self, state: TrainState, training: bool = False) -> dict:
         """What predict.py needs of the network as it is now; with `training` also what resuming needs."""

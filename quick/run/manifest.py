@@ -17,6 +17,7 @@ from quick.answers import NAME_ERRORS, csv_line, safe_cell
 from quick.data.pictures import Pictures
 from quick.data.tree import start_of
 from quick.errors import composed
+from quick.run.history import History
 
 PICTURES = "pictures.csv"
 MOST_NAMED = 3  # files of a kind in an error message
@@ -65,6 +66,21 @@ def other_pictures(found: Manifest, digests: dict[str, str], folder: Path) -> st
         before = {}
     details = f": {compare(before, read_table(found.table))}" if before and found.table else ""
     return f"not the {' and '.join(others)} pictures that the run had{details}"
+
+
+def taken_otherwise(history: History, fraction: float, sets: Sequence[Pictures]) -> str | None:
+    """In words, what of these sets the earlier versions, whose runs have no digests, took otherwise; None for nothing.
+
+    `fraction` is --val-fraction.
+    """
+    train_set, chooses, *others = sets
+    if len(history) and history.split != chooses.split:
+        return f"an earlier version chose the best epoch by the {history.split} pictures, not by {chooses.split}"
+    if fraction and others and train_set.paths is not None:  # drawn from the seed, where now the names decide
+        return "an earlier version held out other pictures"
+    if train_set.levels:
+        return "an earlier version read pixels wider than 8 bits otherwise"
+    return None
 
 
 def compare(before: dict[str, tuple], now: dict[str, tuple]) -> str:

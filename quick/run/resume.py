@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from quick.cli import flag, log, quoted
-from quick.data.pictures import Pictures
+from quick.data.pictures import BUILT_IN, Pictures
 from quick.errors import CheckpointError, ConfigError, DataError, reason, suggestion
 from quick.processes import Group
 from quick.run.checks import OTHER_VERSION, check_momentum, is_history, wrong_training
@@ -19,7 +19,7 @@ from quick.run.config import check_together, checked, read_config, resolve
 from quick.run.files import INTERRUPTED, epoch_file, epoch_files, is_empty, job_line
 from quick.run.folder import RunFolder
 from quick.run.history import History
-from quick.run.manifest import PICTURES, Manifest, make_manifest, other_pictures
+from quick.run.manifest import PICTURES, Manifest, make_manifest, other_pictures, taken_otherwise
 from quick.run.settings import Config
 from quick.run.state import TrainState, run_steps
 
@@ -105,7 +105,7 @@ def find_run(name: str, log_dir: str, given: dict) -> Path:
         known = suggestion(name, [folder.name for folder in folders])
         raise ConfigError(f"--resume {name}: no run there (its folder has a config.toml){known}")
     for folder in sorted(folders, key=last_written, reverse=True):
-        if is_unfinished(folder, given):
+        if os.access(folder, os.W_OK) and is_unfinished(folder, given):  # not another user's
             return folder
     raise ConfigError(f"--resume: no unfinished run in {log_dir}; --resume RUN --epochs N makes a finished one longer")
 
@@ -139,7 +139,7 @@ def awaits_test(folder: Path, config: Config, epochs: list[dict]) -> bool:
     if history.split == "test" or "test_accuracy" in history.best:
         return False
     listed = folder / PICTURES  # of a folder of pictures, which may have no test set
-    return config.data in ("cifar10", "shapes") or (listed.exists() and b"\ntest," in listed.read_bytes())
+    return config.data in BUILT_IN or (listed.exists() and b"\ntest," in listed.read_bytes())
 
 
 def find_job(job: str, log_dir: str) -> Path | None:
@@ -164,7 +164,7 @@ def reopen(
     """Take the folder of an earlier run, its newest whole checkpoint, and its config with what is given now.
 
     Raises ConfigError while another process has the folder, and for changes that cannot be; CheckpointError for
-    checkpoints that cannot be used.
+    checkpoints that cannot be used; DataError where the folder of its pictures is gone.
     """
     run.reopen(folder)
     start.folder = folder
@@ -185,6 +185,8 @@ def reopen(
     check_changes(config, given, folder, start.checkpoint)
     changes = {name: value for name, value in given.items() if KEYS[name].metadata["resumable"] or name == "data"}
     start.config = replace(config, **changes | {"log_dir": str(folder.parent), "run_name": ""})
+    if start.config.data not in BUILT_IN and not Path(start.config.data).is_dir():
+        raise DataError(f"{folder}: there is no {start.config.data}; --data FOLDER names where its pictures are now")
 
 
 def newest_checkpoint(
@@ -214,7 +216,8 @@ def newest_checkpoint(
 
 def new_run(folder: Path) -> str:
     """What to do where a run cannot be resumed, as the end of an error message."""
-    return f"--weights {quoted(folder / 'best.pt')} starts a new run from its weights"
+    best = folder / "best.pt"
+    return f"--weights {quoted(best)} starts a new run from its weights" if best.exists() else "begin a new run"
 
 
 def check_changes(config: Config, given: dict, folder: Path, checkpoint: dict | None) -> None:
@@ -222,7 +225,7 @@ def check_changes(config: Config, given: dict, folder: Path, checkpoint: dict | 
     for name, value in given.items():
         key, had = KEYS[name], getattr(config, name)
         same = value == had or (key.metadata["auto"] and value == key.default)
-        same |= (name == "run_name" and value == folder.name) or (name == "data" and Path(value).is_dir())
+        same |= (name == "run_name" and value == folder.name) or (name == "data" and value not in BUILT_IN)
         if not same and not key.metadata["resumable"]:
             raise ConfigError(f"{flag(name)}: the run has {had!r}, which cannot change any more; {new_run(folder)}")
     epochs, done = given.get("epochs", config.epochs), checkpoint["epoch"] if checkpoint else 0
@@ -240,10 +243,12 @@ def check_pictures(start: Start, config: Config, sets: Sequence[Pictures], group
     """The manifest of these sets, in the first process; raises DataError where a resumed run had other pictures."""
     if group.rank:
         return None
-    manifest = make_manifest(config.data, sets)
-    digests = start.checkpoint and start.checkpoint["training"].get("sets")  # earlier versions had none
-    if digests and (error := other_pictures(manifest, digests, start.folder)):
-        raise DataError(f"{config.data}: {error}; bring them back, or {new_run(start.folder)}")
+    manifest, training = make_manifest(config.data, sets), start.checkpoint["training"] if start.checkpoint else {}
+    if digests := training.get("sets"):
+        if error := other_pictures(manifest, digests, start.folder):
+            raise DataError(f"{config.data}: {error}; bring them back, or {new_run(start.folder)}")
+    elif training and (error := taken_otherwise(History.load(training["history"]), config.val_fraction, sets)):
+        raise DataError(f"{config.data}: {error}; {new_run(start.folder)}")
     return manifest
 
 

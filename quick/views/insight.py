@@ -66,8 +66,7 @@ def saliency(network: nn.Module, image: Tensor) -> Tensor:
         weights = of_map[0].mean((2, 3), keepdim=True)
         speaks_for_it = (weights * maps[-1]).sum(1, keepdim=True).relu()
         heat = speaks_for_it if speaks_for_it.any() else heat
-    heat = heat.nan_to_num()  # gradients can overflow where the outputs do not
-    heat = heat.detach().float().nan_to_num(0, 0, 0)
+    heat = heat.detach().float().nan_to_num(0, 0, 0)  # gradients can overflow where the outputs do not
     heat = nn.functional.interpolate(heat, image.shape[2:], mode="bilinear")[0, 0].cpu()
     return heat / heat.max().clamp(min=1e-12)
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -157,8 +158,13 @@ def show_start(board: "SummaryWriter", network: nn.Module, config: dict, split: 
 
 
 def markdown_table(rows: dict[str, object]) -> str:
-    """A table of two columns, as TensorBoard's texts show it."""
-    lines = [f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in rows.items()]
+    """A table of two columns, as TensorBoard's texts show it: signs that mean something in Markdown become codes."""
+
+    def plain(text: object) -> str:
+        # An underscore inside of a word means nothing.
+        return re.sub(r"[&\\`*\[\]<>|#~]|(?<![^\W_])_|_(?![^\W_])", lambda sign: f"&#{ord(sign[0])};", str(text))
+
+    lines = [f"| {plain(key)} | {plain(value)} |" for key, value in rows.items()]
     return "\n".join(["| | |", "| --- | --- |", *lines])
 
 

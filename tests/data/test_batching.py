@@ -39,5 +39,7 @@ def test_a_process_alone_takes_the_batch_as_it_is():
 
 def test_limited_pictures_stay_in_their_order():
     assert balanced(torch.tensor([0, 0, 0, 1, 1]), ["a", "b"], 4).tolist() == [0, 1, 3, 4]
+    assert balanced(torch.tensor([2, 0, 2, 0, 2, 2]), ["a", "b", "c"], 3).tolist() == [0, 1, 2]
+    assert balanced(torch.tensor([1, 0]), ["a", "b"], 9).tolist() == [0, 1]
     with pytest.raises(LimitError, match="limit 1 is below the number of classes, 2"):
         balanced(torch.tensor([0, 0, 0, 1, 1]), ["a", "b"], 1)

@@ -1,7 +1,9 @@
 """Which files of a folder are found, in which split and class; what is held out; what is left out."""
 
+import errno
 import os
 import random
+import re
 import shutil
 import socket
 import unicodedata
@@ -13,6 +15,7 @@ from conftest import noisy
 import datasets
 import predict
 import train
+from quick.data import tree
 from quick.data.holdout import hash_fraction, held_out, names_below
 from quick.data.listing import find_files
 from quick.data.tree import list_pictures
@@ -249,6 +252,54 @@ def test_the_split_is_the_same_however_a_system_writes_names(tmp_path):
     [first], [second] = (names_below(tmp_path, [form]) for form in forms)
     assert forms[0] != forms[1] and first == second == forms[0][len(str(tmp_path)) + 1 :]
     assert 0 <= hash_fraction(first) < 1 and len({hash_fraction(str(number)) for number in range(1000)}) == 1000
+    assert 0 <= hash_fraction("\ud83d.png") < 1  # half of a letter, which Windows allows in names
+
+
+def test_one_class_alone_may_be_the_folder_to_give(tmp_path):
+    some(tmp_path, "archive/photos/train/cat", "archive/photos/train/dog", "archive/photos/test/cat")
+    inner = re.escape(str(tmp_path / "archive" / "photos"))
+    with pytest.raises(DataError, match=f"one class alone, 'archive'; .* classes are in {inner}, give that folder"):
+        find_files(tmp_path, (), 0.0)
+    assert list(find_files(tmp_path / "archive" / "photos", (), 0.0)) == ["train", "test"]
+
+
+def test_a_flat_test_folder_is_named_with_what_to_do(tmp_path):
+    some(tmp_path, "train/cat", "train/dog", "test")
+    for splits in ((), ["whole"]):
+        what = f"{re.escape(str(tmp_path / 'test'))}: .*; sort its pictures into folders of their classes"
+        with pytest.raises(DataError, match=what):
+            find_files(tmp_path, splits, 0.0)
+
+
+def test_an_unreadable_class_or_split_is_no_class_less(tmp_path, monkeypatch):
+    some(tmp_path, "train/cat", "train/dog", "train/emu", "val/cat", "val/dog", "val/emu")
+    secret, identity = "", tree.identity
+
+    def read_as_another_user(path: str) -> object:
+        if path == str(tmp_path / secret):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return identity(path)
+
+    monkeypatch.setattr(tree, "identity", read_as_another_user)
+    for secret in ("train/emu", "val"):
+        name = secret[-3:]
+        with pytest.raises(DataError, match=rf"{name}: no .*; left out: {name}. \(Permission denied\)"):
+            find_files(tmp_path, (), 0.0)
+
+
+def test_classes_that_are_not_measured_are_told(tmp_path, capsys):
+    some(tmp_path, "train/cat", "train/dog", "train/emu", "val/cat")
+    assert find_files(tmp_path, (), 0.0)["test"].classes == ["cat", "dog", "emu"]
+    assert capsys.readouterr().err.endswith("val: no pictures of these classes, which are not measured: dog, emu\n")
+    some(tmp_path, "val/dog", "val/emu")
+    find_files(tmp_path, (), 0.0)
+    assert not capsys.readouterr().err
+
+
+def test_of_thousands_of_classes_a_message_names_some(tmp_path):
+    some(tmp_path, *(f"train/{number:03}" for number in range(200)), "val/images", count=1)
+    with pytest.raises(DataError, match=r"class 'images' is not in .*008, 009 and 190 more$"):
+        find_files(tmp_path, (), 0.0)
 
 
 def test_a_share_that_leaves_a_side_empty_is_told_with_one_that_does_not():
@@ -263,6 +314,14 @@ def test_a_share_that_leaves_a_side_empty_is_told_with_one_that_does_not():
             assert {side for side, of in zip(is_out, of_class, strict=True) if of == name} == {True, False}
     with pytest.raises(LimitError, match="one picture a class; put at least two into each, one of which is held out"):
         held_out(["cat/1.jpg", "dog/1.jpg"], ["cat", "dog"], 0.2, "photos")
+
+
+def test_no_share_is_advised_that_holds_out_none_of_a_class_either(capsys):
+    names = sorted([f"{number}.jpg" for number in range(40)], key=hash_fraction)
+    of_class = ["cat"] * 20 + ["dog"] * 20  # each dog's hash is above each cat's
+    share = (hash_fraction(names[9]) + hash_fraction(names[10])) / 2
+    assert sum(held_out(names, of_class, share, "photos")) == 10
+    assert capsys.readouterr().err.endswith("'dog' is held out; put more pictures into each class\n")
 
 
 def test_a_class_of_which_none_is_held_out_is_named_once(capsys):

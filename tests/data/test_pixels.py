@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,18 @@ def test_levels_can_be_given_or_left_to_the_type(tmp_path):
     assert of_type.levels is None and of_type.mean[0] == pytest.approx(0.45 / 16, abs=0.01)
 
 
+def test_values_far_beyond_the_levels_of_training_are_told(tmp_path, capsys):
+    datasets.load(str(camera_folder(tmp_path / "same", most=1023)))
+    assert "beyond" not in capsys.readouterr().err
+    camera_folder(tmp_path / "other", most=16383)
+    shutil.move(tmp_path / "other" / "test", tmp_path / "same" / "val")  # 14 bits instead of 10
+    shutil.rmtree(tmp_path / "same" / "test")
+    assert [pictures.levels for pictures in datasets.load(str(tmp_path / "same"))] == [(0, 1023)] * 2
+    told = capsys.readouterr().err
+    assert re.search(r"most val pictures .* values \d+ to \d+, far beyond the levels 0 to 1023", told)
+    assert "most train" not in told
+
+
 def read_in_a_group(rank: int, port: int, folder: Path) -> None:
     """In each of two processes."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -205,7 +219,7 @@ def test_a_network_gets_the_scale_that_it_was_trained_with(tmp_path, capsys):
     assert checkpoint["levels"] == [0, 4095] and checkpoint["config"]["levels"] == [0, 4095]
     assert predict.sizing(checkpoint).levels == (0, 4095)
     other = camera_folder(tmp_path / "other", most=3000)  # whose own scale happens to be the same
-    result = predict.evaluate(str(other), "", network, checkpoint, device=torch.device("cpu"))
+    result = predict.evaluate(str(other), "", network, checkpoint, tmp_path / "best.pt")
     names = sorted((other / "test").glob("*/*.png"))
     answers = [predict.classify(name, (network, checkpoint))[0][0] == name.parent.name for name in names]
     assert result["pictures"] == len(names) and result[

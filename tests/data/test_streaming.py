@@ -1,14 +1,17 @@
 """How much memory and how many cores there are for reading pictures, in a container too."""
 
 import os
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import datasets
 from quick.data import streaming
-from quick.data.streaming import Budget, cores, free_memory
+from quick.data.decoding import Files, Sizing
+from quick.data.streaming import Budget, cores, decoder, free_memory
 
 CPU = torch.device("cpu")
 
@@ -119,3 +122,11 @@ def test_pictures_on_another_device_are_in_the_machine_one_set_after_the_other(m
     monkeypatch.setattr(streaming, "free_memory", lambda device: free[device.type])
     budget = Budget(torch.device("cuda"), 1.0)
     assert [budget.take(size) for size in (61, 60, 41, 40, 1)] == [False, True, False, True, False]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="a signal that Windows has not")
+def test_the_end_of_a_worker_interrupts_nothing(colour_folder):
+    """PyTorch's handler would raise an error anywhere, also in the decoding of a picture, which then looks bad."""
+    paths = np.array([os.fsencode(path) for path in sorted(colour_folder.glob("train/red/*"))])
+    batches = iter(decoder(Files(paths, Sizing(8), 8), [[0], [1]], workers=1, device=CPU))
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL and len([*batches]) == 2

@@ -31,7 +31,7 @@ from quick.processes import Group
 from quick.run.config import check_together, resolve
 from quick.run.settings import Config
 
-FEW, FEW_IN_GROUPS = 6, 4  # of the runs, which cover most pairs
+FEW, FEW_IN_GROUPS = 6, 4  # of the runs, which cover most pairs; in groups without the slow GoogLeNet, the first
 EPOCHS = 2
 CUDA = torch.cuda.is_available()
 FIXED = {"epochs": EPOCHS, "device": "cuda" if CUDA else "cpu", "deterministic": CUDA, "workers": 0, "lr": 0.02}
@@ -271,7 +271,7 @@ def test_what_cannot_go_together_is_one_line(few_colours, tmp_path, capsys):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs PyTorch with torch.distributed")
 def test_settings_work_together_in_a_group(processes, few_colours, tmp_path, request):
     """Two processes make all of these runs, one after the other; all begin with weights whose frozen ones stay."""
-    configs = GROUPED if request.config.getoption("--all") else GROUPED[:FEW_IN_GROUPS]
+    configs = GROUPED if request.config.getoption("--all") else GROUPED[1:FEW_IN_GROUPS]
     plan = {}
     for number, config in enumerate(configs):
         (tmp_path / str(number)).mkdir()

@@ -15,6 +15,7 @@ from runs import STILL, VARIANTS, at_steps, contents, differences, resume, start
 import train
 from quick.checkpoints import read
 from quick.cli import quoted
+from quick.errors import TrainingError
 from quick.run.folder import RunFolder
 from quick.run.state import TrainState
 
@@ -127,6 +128,13 @@ def test_a_folder_that_went_away_ends_the_run_with_a_message(tmp_path, monkeypat
     assert start(tmp_path, "a", *STILL) == 1
     assert {path.name for path in (tmp_path / "b").glob("*.pt")} == {"epoch_001.pt", "best.pt"}
     assert "best.pt (No such file or directory)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_error_names_only_some_of_a_thousand_files_and_best_pt_among_them():
+    run = RunFolder()
+    run.unsaved = {f"epoch_{epoch:03}.pt": "full" for epoch in range(1, 1001)} | {"best.pt": "full"}
+    with pytest.raises(TrainingError, match=r"^not saved: best.pt \(full\), epoch_001.pt \(full\), .* and 995 more$"):
+        run.check_saved()
 
 
 def test_a_new_run_leaves_a_folder_that_another_has_just_made(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import csv
 import os
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from conftest import noisy
 import datasets
 from quick.data.pictures import Pictures
 from quick.processes import ALONE
-from quick.run.manifest import make_manifest, other_pictures
+from quick.run.history import History
+from quick.run.manifest import make_manifest, other_pictures, taken_otherwise
 
 NAMES = ["train/café/a,b.png", 'train/café/"c".png', "train/=1+1/d.png", "train/café/e.png", "test/café/f.png"]
 
@@ -91,6 +93,18 @@ def test_what_is_held_out_counts_and_so_do_sets_without_files():
     assert first.digests == again.digests and first.digests.keys() == {"train", "val"} and not first.table
     assert first.digests["train"] != second.digests["train"] and first.digests["val"] != second.digests["val"]
     assert other_pictures(second, first.digests, Path()) == "not the train and val pictures that the run had"
+
+
+def test_what_earlier_versions_took_otherwise_is_named():
+    train_set, test_set = sets_of(Path("data"))
+    val_set, drawn = replace(test_set, split="val"), replace(train_set, paths=None)
+    begun, wide = History([{"test_accuracy": 0.5}]), replace(train_set, levels=(0, 1023))
+    assert taken_otherwise(begun, 0, [train_set, test_set]) is None
+    assert taken_otherwise(History(), 0, [train_set, val_set]) is None
+    assert "by the test pictures, not by val" in taken_otherwise(begun, 0, [train_set, val_set, test_set])
+    assert "held out other" in taken_otherwise(History(), 0.2, [train_set, val_set, test_set])
+    assert taken_otherwise(History(), 0.2, [drawn, val_set, test_set]) is None  # of CIFAR-10
+    assert "wider than 8 bits" in taken_otherwise(begun, 0, [wide, test_set])
 
 
 def test_a_bad_file_that_can_be_read_now_is_new(tmp_path):

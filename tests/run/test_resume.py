@@ -15,9 +15,10 @@ from runs import SMALL, VARIANTS, at_steps, contents, differences, resume, send,
 
 import train
 from quick.checkpoints import read
+from quick.cli import quoted
 from quick.run import folder
 from quick.run.config import read_config
-from quick.run.resume import find_run
+from quick.run.resume import find_run, new_run
 
 COLOURS = "--epochs 2 --batch-size 20 --device cpu --no-views --no-whiten --run-name a --log-dir".split()
 
@@ -222,7 +223,13 @@ def test_a_run_without_a_name_or_folder_to_go_on_with_is_named(tmp_path, two_epo
         assert f"--resume {name}: {message}" in capsys.readouterr().err
 
 
-def test_the_newest_unfinished_run_goes_on(tmp_path):
+def test_only_weights_that_are_there_are_named_for_a_new_run(tmp_path):
+    assert new_run(tmp_path) == "begin a new run"
+    (tmp_path / "best.pt").touch()
+    assert new_run(tmp_path) == f"--weights {quoted(tmp_path / 'best.pt')} starts a new run from its weights"
+
+
+def test_the_newest_unfinished_run_goes_on(tmp_path, monkeypatch):
     for number, name in enumerate(("a", "c", "b")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.toml").write_text("epochs = 1")
@@ -230,6 +237,8 @@ def test_the_newest_unfinished_run_goes_on(tmp_path):
     assert find_run("", str(tmp_path), {}) == tmp_path / "b"
     (tmp_path / "a" / "interrupted.pt").write_bytes(b"")
     assert find_run("", str(tmp_path), {}) == tmp_path / "a"
+    monkeypatch.setattr(os, "access", lambda path, _: path.name != "a")  # it is another user's
+    assert find_run("", str(tmp_path), {}) == tmp_path / "b"
 
 
 def test_a_run_that_patience_ended_is_found_by_more_patience(tmp_path):
@@ -292,15 +301,23 @@ def test_a_run_of_an_earlier_version_knows_only_how_many_pictures_it_had(colour_
     (tmp_path / "a" / "epoch_002.pt").unlink()
     assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 1
     assert "not the 60 pictures that the run trained on" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "data" / "test", tmp_path / "data" / "val")  # which that version did not look at
+    assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 1
+    assert "chose the best epoch by the test pictures, not by val; --weights " in capsys.readouterr().err
 
 
-def test_moved_pictures_and_moved_runs_go_on(colour_folder, tmp_path, monkeypatch):
+def test_moved_pictures_and_moved_runs_go_on(colour_folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(colour_folder, tmp_path / "data")
     at_steps(monkeypatch, {4: send(signal.SIGINT)})
     assert train.cli(["--data", str(tmp_path / "data"), *COLOURS, str(tmp_path / "logs")]) == 130
     (tmp_path / "data").rename(tmp_path / "moved data")
     (tmp_path / "logs" / "a").rename(tmp_path / "b")
-    assert resume(tmp_path, "b") == 1
+    for flags, place in ((), tmp_path / "data"), (("--data", "nowhere"), "nowhere"):
+        assert resume(tmp_path, "b", *flags) == 1
+        error = f"train.py: {tmp_path / 'b'}: there is no {place}; --data FOLDER names where its pictures are now\n"
+        assert capsys.readouterr().err.endswith(error)
+    assert resume(tmp_path, "b", "--data", "cifar10") == 2
+    assert "cannot change any more; --weights " in capsys.readouterr().err
     assert resume(tmp_path, "b", "--data", str(tmp_path / "moved data"), "--image-size", "0") == 0
 
 

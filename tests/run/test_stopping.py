@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM, the time limit and patience: a run ends where it shall, and what it did is saved."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -76,6 +77,12 @@ def test_a_second_ctrl_c_stops_at_once_and_damages_nothing(tmp_path, monkeypatch
     assert not differences(expected, contents(tmp_path / "a"))
 
 
+def test_a_closed_output_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as `>&-` and pythonw leave it
+    assert start(tmp_path, "a", "--epochs", "1", "--limit", "40") == 0
+    assert (tmp_path / "a" / "epoch_001.pt").exists()
+
+
 def test_a_terminal_that_is_gone_costs_no_checkpoint(tmp_path, monkeypatch):
     def gone(*_):
         raise BrokenPipeError
@@ -86,22 +93,21 @@ def test_a_terminal_that_is_gone_costs_no_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "a" / "interrupted.pt").exists()
 
 
-def like_a_command(flags: list[str], folder: Path) -> None:
+def as_the_command(flags: list[str], folder: Path) -> None:
     """Train as a terminal starts it: in a process group of its own, whose output goes into files."""
+    multiprocessing.set_start_method(None, force=True)  # as usual, not by the server that this process comes from
     os.setsid()
     os.chdir(folder)
     torch.set_num_threads(1)
-    with Path("out").open("w") as sys.stdout, Path("err").open("w") as sys.stderr:
-        for number, file in ((1, sys.stdout), (2, sys.stderr)):
-            os.dup2(file.fileno(), number)
-        status = train.cli(flags)
-    os._exit(status)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    exit_script(train.cli(flags))
 
 
 def test_ctrl_c_reaches_the_processes_that_read_files_too(colour_folder, tmp_path, processes):
     flags = "--epochs 500 --batch-size 20 --device cpu --no-views --no-whiten --memory-share 0 --workers 2 --keep 1"
     flags = ["--data", str(colour_folder), *flags.split(), "--run-name", "a"]
-    process = processes.Process(target=like_a_command, args=(flags, tmp_path))
+    process = processes.Process(target=as_the_command, args=(flags, tmp_path))
     process.start()
     try:
         out, deadline = tmp_path / "out", time.monotonic() + 60
@@ -117,16 +123,6 @@ def test_ctrl_c_reaches_the_processes_that_read_files_too(colour_folder, tmp_pat
     assert out.endswith(f"python train.py --resume {Path('logs') / 'a'}\n")
     assert "stopping after this step, with a checkpoint (once more: at once, without)" in err
     assert (tmp_path / "logs" / "a" / "interrupted.pt").exists()
-
-
-def as_the_command(flags: list[str], folder: Path) -> None:
-    """The same, and it ends as the command ends."""
-    os.setsid()
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
-    exit_script(train.cli(flags))
 
 
 def vanish(process, data: Path) -> None:
@@ -160,7 +156,7 @@ WAYS_OUT = {  # what happens, the exit status, and what is said
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.expensive] * (way != "a dead worker")) for way in WAYS_OUT]
+    "way", [pytest.param(way, marks=[pytest.mark.expensive] * (way != "gone")) for way in WAYS_OUT]
 )
 def test_every_way_out_ends_all_processes_in_one_line(way, colour_folder, tmp_path, processes):
     fault, status, message = WAYS_OUT[way]

@@ -337,6 +337,7 @@ def test_an_empty_folder_is_named(ask, tmp_path):
         (["--evaluate", "shapes", "--top-k", "3"], "--top-k: an evaluation counts the most probable class alone"),
         ([""], "a name is empty"),
         (["--evaluate", ""], "a name is empty"),
+        (["a.png", "--checkpoint", ""], "a name is empty"),
         (["a.png", "--csv", ""], "a name is empty"),
         (
             ["a.png", "--csv", "nowhere/a.csv"],
@@ -523,6 +524,14 @@ def test_a_folder_that_takes_no_explanations_is_named_once(ask, pictures):
     assert errors.count("no explanations there") == 1 and "a.explained.png: " in errors
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="names of 255 characters need a setting there")
+def test_a_name_too_long_for_an_explanation_costs_no_other_its_own(ask, pictures):
+    noisy(COLOURS["red"], 4).save(pictures / f"a{'x' * 245}.png")
+    status, _, errors = ask(pictures, "--show", "--top-k", 1)
+    assert status == 1 and errors.count("no explanations there") == 1 and errors.count("explained: ") == 3
+    assert f"/a{'x' * 245}.explained.png: File name too long" in errors  # not the file beside it
+
+
 # ---- evaluation ----
 
 
@@ -575,6 +584,12 @@ def test_a_folder_is_evaluated_whole_unless_the_network_was_trained_on_it(ask, c
     (tmp_path / "link").symlink_to(colour_folder / "train")
     assert looked_at(tmp_path / "link", tmp_path / "unsplit.pt") == (count, words)
     assert looked_at(colour_folder / "test", tmp_path / "unsplit.pt")[0] == 18
+    near = tmp_path / "logs" / "a" / "best.pt"  # of a training that was started in another folder
+    near.parent.mkdir(parents=True)
+    (tmp_path / "a").symlink_to(colour_folder / "train")
+    for name in ("link", "a"):  # the run itself may have the name of the data
+        save(near, checkpoint | {"config": unsplit | {"data": name, "log_dir": "logs"}})
+        assert looked_at(colour_folder / "train", near) == (count, words)
 
 
 def test_evaluation_of_nothing(ask):

@@ -131,7 +131,7 @@ def test_a_run_and_an_explanation_tell_what_the_numbers_mean(tmp_path, without_f
     assert "no font for the names of some classes: pictures number them" in capsys.readouterr().err
     events = EventAccumulator(str(tmp_path / "a"), size_guidance={"tensors": 0}).Reload()
     text = events.Tensors("classes/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| #0 | 狗&#124; |" in text and "| #1 | 猫 |" in text
+    assert "| &#35;0 | 狗&#124; |" in text and "| &#35;1 | 猫 |" in text
 
     noisy((200, 0, 0), 1).save(tmp_path / "x.png")
     assert predict.cli([str(tmp_path / "x.png"), "--checkpoint", str(tmp_path / "a" / "best.pt"), "--show"]) == 0

@@ -1,6 +1,8 @@
 """What a run writes for TensorBoard, read back from its event files; and the files themselves."""
 
+import html
 import io
+import re
 
 import numpy as np
 import pytest
@@ -40,6 +42,14 @@ def events(viewed):
 
 def last_picture(events, tag: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)))
+
+
+def test_a_text_shows_signs_of_markdown_as_they_are():
+    from tensorboard import plugin_util
+
+    name, value = "#3", r"a_b_ __init__ _c d_ <b>x</b> *i* `c` [l](u) | p & q \_ ~ 猫 &amp;"
+    shown = plugin_util.markdown_to_safe_html(tensorboard.markdown_table({name: value}))
+    assert [html.unescape(cell) for cell in re.findall("<td>(.*)</td>", shown)] == [name, value]
 
 
 # ---- what a run shows ----

@@ -16,12 +16,13 @@ import torch
 from quick.cli import Parser, exit_script, log, quoted, run_script
 from quick.data.augment import Augment
 from quick.data.cifar10 import cifar10
-from quick.data.decoding import Sizing, read_picture
+from quick.data.decoding import read_picture
 from quick.data.doctor import describe
 from quick.data.folders import read_files
 from quick.data.listing import find_files
 from quick.data.pictures import BUILT_IN, Pictures, normalize
 from quick.data.shapes import shapes
+from quick.data.sizing import Sizing
 from quick.data.stores import resized
 from quick.data.streaming import Budget, cores
 from quick.errors import DataError
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Augment", "load", "normalize", "read_picture"]  # for notebooks: `import datasets`
 
-FLAGS = ("data", "data_dir", "data_url", "image_size", "resize", "interpolation", "levels", "limit", "val_fraction")
-FLAGS += ("strict", "workers", "memory_share", *(key.name for key in fields(Augment)))
+FLAGS = ("data", "data_dir", "data_url", "image_size", "resize", "interpolation", "fit", "levels", "limit", "strict")
+FLAGS += ("val_fraction", "workers", "memory_share", *(key.name for key in fields(Augment)))
 
 
 def load(
@@ -52,6 +53,7 @@ def load(
     memory_share: float = 0.4,
     resize: int = 0,
     interpolation: str = "bilinear",
+    fit: str = "crop",
     levels: Sequence[float] | None = None,
     group: Group = ALONE,
 ) -> list[Pictures]:
@@ -60,21 +62,20 @@ def load(
     Splits are train, test, and of a folder that has them both beside train/ also val; "whole" is all of a folder that
     can be tested (`test/`, else `val/`, else every class); no splits stand for all that training needs.
 
-    Pictures become squares as `Sizing(image_size, resize, interpolation)` says. `limit` takes the first pictures of
-    each split, with the classes as even as possible (0: all). All sets are normalised by `mean` and `std`, a number for
-    each channel of pixels in [0, 1]; without them by those of the first set. Of pixels wider than 8 bits the two
-    `levels` become black and white: None finds them in the first set, () takes those of the type. CIFAR-10 is looked
-    for under `data_dir`, and downloaded to it from its known mirrors, or from `data_url`, if it is not there.
+    Pictures become squares as `Sizing(image_size, resize, interpolation, fit=fit)` says. `limit` takes the first of
+    each split, classes as even as possible (0: all). All sets are normalised by `mean` and `std`, of each channel of
+    pixels in [0, 1]; without them by the first set's. Of pixels wider than 8 bits the two `levels` become black and
+    white: None finds them in the first set, () takes those of the type. CIFAR-10 is looked for in `data_dir`, else
+    downloaded from known mirrors or `data_url`.
 
     Of a folder without `test/` and `val/`, about `val_fraction` (0.2 if it is 0) is held out. Bad files are named on
     standard error and left out, or refused if `strict`. A folder is kept in memory if it takes at most `memory_share`
-    of what is free, and else streamed by `workers` processes (-1: one a core). Each process of a group reads its shard
-    of the files.
+    of what is free, else streamed by `workers` processes (-1: one a core). Each process of a group reads its shard.
 
     Raises DataError for data that are missing or damaged, LimitError where `limit` is below the number of classes.
     """
     device = torch.device(device)
-    sizing = Sizing(image_size, resize, interpolation, tuple(levels) if levels else None)
+    sizing = Sizing(image_size, resize, interpolation, tuple(levels) if levels else None, fit).checked()
     if data in BUILT_IN:
         if not set(splits) <= {"train", "test"}:
             raise DataError(f"{data} has the splits train and test, not {', '.join(splits)}")
@@ -88,9 +89,8 @@ def load(
     elif data and Path(data).is_dir():
         budget = Budget(device, memory_share, group)
         listings = group.from_rank0(lambda: find_files(Path(data), splits, val_fraction))
-        splits = splits or list(listings)
         sets = []
-        for split in splits:
+        for split in splits or listings:
             pictures = read_files(
                 listings[split],
                 sizing,
@@ -108,9 +108,8 @@ def load(
         raise DataError(f"no data '{data}': neither cifar10 nor shapes nor a folder of pictures")
     for pictures in sets:
         if data in BUILT_IN:  # 32 x 32 pixels, on the CPU
-            if (image_size, resize or image_size) != (32, 32):
-                pictures.store = resized(pictures.store, sizing)
-            pictures.store, pictures.labels = pictures.store.to(device), pictures.labels.to(device)
+            pictures.store = resized(pictures.store, sizing).to(device)
+            pictures.labels = pictures.labels.to(device)
         pictures.mean, pictures.std = tuple(mean) or sets[0].mean, tuple(std) or sets[0].std
     return sets
 
@@ -137,6 +136,7 @@ def load_sets(config: "Config", device: torch.device | str = "cpu", group: Group
         memory_share=config.memory_share,
         resize=config.resize,
         interpolation=config.interpolation,
+        fit=config.fit,
         levels=config.levels or None,
         group=group,
     )

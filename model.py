@@ -20,7 +20,7 @@ from quick.errors import CheckpointError, ConfigError, NetworkError, out_of_memo
 from quick.nets.activations import ACTIVATIONS
 from quick.nets.checking import check_loaded, check_network
 from quick.nets.export import cannot_write, export
-from quick.nets.pretrained import from_torchvision, imagenet_checkpoint, torchvision_names
+from quick.nets.pretrained import file_checkpoint, from_torchvision, imagenet_checkpoint, torchvision_names
 from quick.nets.summary import describe, listing, table, write_graph
 from quick.nets.transfer import Appended, drop_auxiliary, misfits, transfer_weights
 
@@ -226,7 +226,8 @@ def build(config: "Config", options: dict, head: list[str], classes: list[str], 
         body, new = network.network, []
     elif config.head == "auto" and pretrained["classes"] == classes:
         new = []
-    source = f"{config.weights} (trained on {pretrained['image_size']} x {pretrained['image_size']} pixels)"
+    side = pretrained.get("image_size")  # a plain state_dict tells nothing of it
+    source = f"{config.weights} (trained on {side} x {side} pixels)" if side else config.weights
     transfer_weights(body, pretrained["state_dict"], new, source)
     return network
 
@@ -240,7 +241,7 @@ def pretrained(source: str, name: str) -> dict:
         if name in NETWORKS:
             raise NetworkError(f"--weights imagenet: there are none for {name}; take a network of torchvision")
         return imagenet_checkpoint(name)
-    checkpoint = read(source)
+    checkpoint = file_checkpoint(source, name, head_keys)
     found = checkpoint["model"]["name"]
     if found != name:
         raise NetworkError(f"--weights {source}: it holds {found}, not {name}; add {flag('model', found)}")

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 import datasets
 import model
 from device import memory_format, pick
-from quick.answers import Answer, print_answers, print_evaluation, write_table
+from quick.answers import Answer, print_answers, write_table
 from quick.checkpoints import TTA, write_file
 from quick.cli import Parser, exit_script, expanded, log, run_script
 from quick.data.asked import find_pictures, is_same_folder, why_unreadable
-from quick.data.decoding import Sizing, read_picture
+from quick.data.decoding import read_picture
 from quick.data.pictures import BUILT_IN, evaluation_batch, normalize
+from quick.data.sizing import Sizing
 from quick.data.streaming import decode_files
 from quick.data.tree import EXPLAINED
 from quick.errors import CheckpointError, DataError, composed, in_short, printable
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.form == "json":
                 print(json.dumps(result, allow_nan=False))
             else:
-                print_evaluation(result, checkpoint["classes"], losses.METRICS)
+                evaluation.print_evaluation(result, checkpoint["classes"], losses.METRICS)
             return 0
 
         top_k = min(args.top_k, len(checkpoint["classes"]))
@@ -210,7 +211,7 @@ def probabilities(network: nn.Module, checkpoint: dict, images: Tensor) -> Tenso
 def sizing(checkpoint: dict) -> Sizing:
     """How the pictures of the checkpoint's network were resized."""
     levels = checkpoint["levels"] and tuple(checkpoint["levels"])
-    return Sizing(checkpoint["image_size"], checkpoint["resize"], checkpoint["interpolation"], levels)
+    return Sizing(*(checkpoint[name] for name in ("image_size", "resize", "interpolation")), levels, checkpoint["fit"])
 
 
 def explain(answer: Answer, network: nn.Module, checkpoint: dict) -> None:
@@ -230,14 +231,14 @@ def explain(answer: Answer, network: nn.Module, checkpoint: dict) -> None:
 
 
 def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, path: Path, group: Group = ALONE) -> dict:
-    """Loss, metrics, accuracy of each class, and confusion counts (rows: truth) on the test set of `data`.
+    """Loss, metrics, scores of each class, their means, and confusion counts (rows: truth) on the test set of `data`.
 
     Of a folder: on the test pictures if it has splits, else on all in it; but only on those that were held out if it is
     the one that the network of the checkpoint at `path` was trained on. Raises DataError, also where outputs are not
     finite numbers.
     """
     classes, config, device = checkpoint["classes"], checkpoint["config"], next(network.parameters()).device
-    preparation = {name: checkpoint[name] for name in ("image_size", "resize", "interpolation", "mean", "std")}
+    preparation = {name: checkpoint[name] for name in ("image_size", "resize", "interpolation", "fit", "mean", "std")}
     preparation["levels"] = checkpoint["levels"] or ()  # none: those of the type, as for single pictures
     fraction = config.get("val_fraction", 0.0)
     if isinstance(fraction, float) and 0 <= fraction < 1:  # a stranger's checkpoint can say anything
@@ -262,12 +263,11 @@ def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, pat
         raise DataError(f"{name}: {NOT_FINITE} ({len(wrong):,} of {len(labels):,} pictures)")
     labels = places[labels]  # classes are matched by name: the folder may have fewer
     counts = losses.confusion_counts(logits, labels)
-    accuracies = (counts.diag().double() / counts.sum(1)).tolist()
-    by_class = {name: share for name, share in zip(classes, accuracies, strict=True) if not math.isnan(share)}
+    by_class, means = evaluation.scores_by_class(logits, labels, classes)
     scores = losses.score(logits, labels, loss)
     if strange := [name for name, value in scores.items() if not math.isfinite(value)]:
         raise DataError(f"{data}: its {strange[0]} is {scores[strange[0]]}: the network's outputs are too large")
-    return scores | {"pictures": len(labels), "classes": by_class, "confusion": counts.tolist()}
+    return scores | {"pictures": len(labels), "classes": by_class, "means": means, "confusion": counts.tolist()}
 
 
 def cli(argv: list[str] | None = None) -> int:

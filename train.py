@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from quick.nets.sync_batch_norm import synchronise
 from quick.nets.transfer import freeze, train_mode
 from quick.nets.whitening import whiten
 from quick.processes import Group
-from quick.run.config import parse_config
+from quick.run.config import complete, parse_config
 from quick.run.evaluation import outputs_of_set
 from quick.run.features import train_head_alone
 from quick.run.folder import RunFolder
@@ -67,12 +66,12 @@ def main(argv: list[str] | None = None) -> int:
 
         # The data. The first of the held-out sets chooses the best epoch.
         train_set, *held_out_sets = datasets.load_sets(config, device, group)
-        config = replace(config, mean=train_set.mean, std=train_set.std, levels=train_set.levels or ())
         sets = [train_set, held_out_sets[0]]
         manifest = check_pictures(start, config, [train_set, *held_out_sets], group)
 
         # The network, and the part of it that trains, on pictures or on features.
         network, options, head = make_network(config, start, train_set, group)
+        config = complete(config, train_set, network, own=config.model in model.NETWORKS)
         network = network.to(device, memory_format=layout)
         if config.sync_bn and group.size > 1:
             network = synchronise(network, device)
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # All that changes while training. A resumed run gets back what its checkpoint has of it.
         optimizer = make_optimizer(network, head, config, precision)  # SGD, unless the config says otherwise
-        state = make_state(network, trainable, optimizer, config, precision, group, pictures=len(train_set))
+        state = make_state(network, trainable, optimizer, config, precision, group, labels=train_set.labels)
         restore(state, start, config, train_set, lr_share)
         if group.rank == 0:
             run.open(config, options, train_set.classes, state, manifest, start.job)
@@ -214,11 +213,11 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[Tensor,
             with autocast(state.device, state.precision):
                 forward = state.forward if len(images) else state.eager  # compiled code takes no empty batches
                 logits, *auxiliary = losses.split_outputs(forward(images))
-                loss = losses.loss_function(logits, labels, config.loss, config.label_smoothing)
-                total = loss
-                for other in auxiliary:
-                    other_loss = losses.loss_function(other, labels, config.loss, config.label_smoothing)
-                    total = total + losses.AUXILIARY_WEIGHT * other_loss
+                loss, *others = (
+                    losses.loss_function(output, labels, config.loss, config.label_smoothing, state.class_weights)
+                    for output in (logits, *auxiliary)
+                )
+                total = loss + losses.AUXILIARY_WEIGHT * sum(others)
             part = len(labels) / batch.size
             # DistributedDataParallel takes the mean over the processes; the batch needs the sum.
             state.scaler.scale(total * (part * state.group.size)).backward()
@@ -238,15 +237,15 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[Tensor,
 def lr_share(config: Config, steps: int, step: int) -> float:
     """The share of the highest learning rate to use at `step` of `steps`.
 
-    `onecycle` climbs for a fifth of the run and falls for the rest, both in a straight line (after Smith 2018,
-    arxiv.org/abs/1803.09820); `cosine` falls along half a wave (Loshchilov and Hutter 2017, arxiv.org/abs/1608.03983).
+    `onecycle` rises for a fifth of the run, then falls (Smith 2018, arxiv.org/abs/1803.09820); after `warmup` epochs
+    of rising, `cosine` falls along half a wave (Loshchilov and Hutter 2017, arxiv.org/abs/1608.03983).
     """
-    done = min(1.0, step / max(1, steps))
+    done, rise = min(1.0, step / max(1, steps)), config.warmup / config.epochs
     if config.schedule == "onecycle":
         return min((step + 1) / (0.2 * steps + 1), (1 - done) / 0.8)
-    if config.schedule == "cosine":
-        return (1 + math.cos(math.pi * done)) / 2
-    return 1.0
+    if done < rise:
+        return (step + 1) / (rise * steps + 1)
+    return (1 + math.cos(math.pi * (done - rise) / (1 - rise))) / 2 if config.schedule == "cosine" else 1.0
 
 
 def evaluate(

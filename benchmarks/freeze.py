@@ -52,7 +52,7 @@ def measure(way: str, name: str, side: int, batch_size: int, steps: int) -> None
     if way == "features":
         trained, inputs = trained.tail, trained.features(inputs)
     optimizer = make_optimizer(network, head, config, precision)
-    state = make_state(network, trained, optimizer, config, precision, ALONE, pictures=batch_size)
+    state = make_state(network, trained, optimizer, config, precision, ALONE, labels=labels)
     state.total_steps = 10**6
     train_mode(trained)
     batch = Batch(inputs, labels, torch.arange(batch_size, device=device), batch_size, [batch_size])

@@ -47,7 +47,7 @@ def main() -> None:
     network = model.create(config.model, options).to(device, memory_format=memory_format(device))
     head, precision = model.head_keys(config.model, options), pick_precision(config.precision, device)
     optimizer = make_optimizer(network, head, config, precision)
-    state = make_state(network, network, optimizer, config, precision, ALONE, pictures=len(pictures))
+    state = make_state(network, network, optimizer, config, precision, ALONE, labels=pictures.labels)
     state.total_steps = 10**6
 
     def train(part: Pictures, epoch: int) -> float:

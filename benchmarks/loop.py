@@ -87,7 +87,7 @@ def main() -> None:
         options = model.config_options(config, len(train_set.classes))
         network = model.create(config.model, options).to(device, memory_format=memory_format(device)).train()
         optimizer = make_optimizer(network, model.head_keys(config.model, options), config, precision)
-        state = make_state(network, network, optimizer, config, precision, ALONE, pictures=len(train_set))
+        state = make_state(network, network, optimizer, config, precision, ALONE, labels=train_set.labels)
         state.total_steps = 10**6
         return state
 

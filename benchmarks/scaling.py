@@ -65,7 +65,7 @@ def side(rounds: int, flags: list[str]) -> None:
             network = model.create(config.model, options).to(device, memory_format=memory_format(device)).train()
             network = synchronise(network, device) if config.sync_bn and group.size > 1 else network
             optimizer = make_optimizer(network, model.head_keys(config.model, options), config, precision)
-            state = make_state(network, network, optimizer, config, precision, group, pictures=len(train_set))
+            state = make_state(network, network, optimizer, config, precision, group, labels=train_set.labels)
             state.total_steps = 10**6
             return state
 

@@ -90,7 +90,7 @@ def ours(pictures: Pictures, precision: str) -> Callable[[int], object]:
     network = model.create("cifar_quick", model.config_options(config, 10)).to(memory_format=memory_format(device))
     dtype = pick_precision(precision, device)
     optimizer = make_optimizer(network, [], config, dtype)
-    state = make_state(network, network, optimizer, config, dtype, ALONE, pictures=len(pictures))
+    state = make_state(network, network, optimizer, config, dtype, ALONE, labels=pictures.labels)
     state.total_steps = 10**6
 
     def epoch(number: int) -> None:

@@ -74,24 +74,6 @@ def print_answers(answers: Iterable[Answer], top_k: int, form: str) -> int:
     return status
 
 
-def print_evaluation(result: dict, classes: list[str], metrics: Iterable[str]) -> None:
-    """Print the scores, then a line for each class with its accuracy and what its pictures were taken for.
-
-    `metrics` are the names of all that `result` has beside the loss.
-    """
-    scores = [f"loss {result['loss']:.4f}", f"accuracy {result['accuracy']:.2%}"]
-    scores += [f"{name} {result[name]:.4f}" for name in metrics if name != "accuracy"]
-    print("  ".join([*scores, f"{result['pictures']:,} test pictures\n"]))
-    width = max(map(len, [*classes, "class"]))
-    cell = max(5, len(str(max(map(max, result["confusion"])))) + 1)
-    digits = max(2, len(str(len(classes) - 1)))
-    numbers = "".join(f"{index:>{cell}}" for index in range(len(classes)))
-    print(f"{'':{digits}} {'class':{width}}  accuracy  {numbers}   <- taken for")
-    for index, (name, row) in enumerate(zip(classes, result["confusion"], strict=True)):
-        share = f"{result['classes'][name]:.1%}" if name in result["classes"] else "-"
-        print(f"{index:>{digits}} {name:{width}}  {share:>8}  {''.join(f'{count:>{cell}}' for count in row)}")
-
-
 def report_error(name: str, error: str) -> None:
     log.warning(printable(f"predict.py: {name}: {error}"))
 

@@ -2,13 +2,14 @@
 one."""
 
 import codecs
+import io
 import pickle
 import pickletools
 import re
 import struct
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import BinaryIO
 
 # What an archive may hold. torch looks its records up without regard to case, but digits and small letters leave it
@@ -28,9 +29,14 @@ VALUES |= set("EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS EMPTY_TUPLE
 VALUES |= set("BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE BUILD BINPERSID".split())
 OBJECTS = ("EMPTY_DICT", "EMPTY_LIST", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE", "BUILD")
 
+LEGACY = "a file of torch.save as it was before PyTorch 1.6"
+LEGACY_BEGINNING = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+NUMBER_BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
+NUMBER_BYTES |= dict.fromkeys(("Char", "Byte", "Bool"), 1)
+
 # How files of other kinds begin.
 BEGINNINGS = {
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19": "a file of torch.save as it was before PyTorch 1.6",
+    LEGACY_BEGINNING: LEGACY,
     b"\x89HDF\r\n\x1a\n": "an HDF5 file, as Keras writes",
     b"version https://git-lfs": "a pointer of Git LFS (`git lfs pull` brings the file itself)",
     b"<!DOCTYPE html": "a web page (download the file itself)",
@@ -147,7 +153,7 @@ def check_directory(file: BinaryIO, size: int, archive: zipfile.ZipFile) -> None
         raise ValueError("larger inside than outside")
 
 
-def check_pickle(content: bytes) -> None:
+def check_pickle(content: bytes | BinaryIO) -> None:
     """Raise UnpicklingError for a pickle that names more than tensors, ValueError for one that grows.
 
     weights_only=True allows more than what a checkpoint needs, for example a bytearray of any size.
@@ -175,3 +181,43 @@ def check_pickle(content: bytes) -> None:
         raise ValueError("too many values")
     if counts["tuples again"] > MOST_REPEATS:
         raise ValueError("a tuple in itself many times")
+
+
+def check_legacy(file: BinaryIO) -> None:
+    """Like `check_archive`, for a file of torch.save as it was before PyTorch 1.6; such files have no sums.
+
+    It is five pickles (a mark, a version, a machine, the content, the names of its storages), then the storages.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    if file.read(len(LEGACY_BEGINNING) + 1) != LEGACY_BEGINNING + b".":
+        raise ValueError("another mark")
+    pickles = [file.read(LARGEST_PICKLE)]
+    for _ in range(4):
+        source = io.BytesIO(pickles[-1])
+        check_pickle(source)
+        pickles.append(source.read())
+    storages = StorageSizes(io.BytesIO(pickles[2]))
+    storages.load()
+    if sum(storages.sizes.values()) > size:
+        raise ValueError("larger inside than outside")
+
+
+class StorageSizes(pickle._Unpickler):
+    """Finds out how many bytes the storages of a checked pickle take, and makes none.
+
+    Python's own unpickler, in C, would make room for as many values as the highest PUT says.
+    """
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.sizes = {}
+
+    def find_class(self, module: str, name: str) -> object:
+        return OrderedDict if name == "OrderedDict" else name if name.endswith("Storage") else lambda *_: None
+
+    def persistent_load(self, saved: tuple) -> None:
+        what, storage, key, _, count, view = saved
+        if what != "storage" or view is not None or type(count) is not int or count < 0:
+            raise ValueError("a storage in another")
+        self.sizes.setdefault(key, count * NUMBER_BYTES[storage.removesuffix("Storage")])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quick.archives import CHECKSUM_BYTES, LARGEST_PICKLE, check_archive, kind_of
+from quick.archives import CHECKSUM_BYTES, LARGEST_PICKLE, LEGACY, check_archive, check_legacy, kind_of
 from quick.errors import CheckpointError, composed, out_of_memory, printable
 
 FORMAT = 3  # grows when an older reader could misread a newer file
@@ -22,6 +22,7 @@ CONTENT = {
     "image_size": int,
     "resize": int,
     "interpolation": str,
+    "fit": str,
     "mean": list,
     "std": list,
     "state_dict": dict,
@@ -30,6 +31,7 @@ CONTENT = {
     "config": dict,
 }
 INTERPOLATIONS = ("bilinear", "bicubic")
+FITS = ("crop", "pad", "squash")  # what becomes of pictures that are not square
 LOSSES = ("cross_entropy", "mse", "l1")
 TTA = ("none", "mirror", "shift")
 LARGEST_SIDE, LARGEST_WIDTH, MOST_OUTPUTS = 4096, 64, 10**6  # what a file may ask for: bounds time and memory
@@ -37,6 +39,7 @@ LARGEST_NAMES = 3 * LARGEST_PICKLE // 4  # of all classes, in bytes: what else t
 LONGEST_NAME = 1000  # characters of the name of a class, weight, option, metric or setting
 LONGEST_TEXT, LONGEST_LIST, MOST_VALUES = 4096, 16, 1000  # of options, metrics and settings
 OURS = "give one that train.py wrote, such as logs/RUN/best.pt"
+OR_WEIGHTS = ", or weights alone: torch.save(network.state_dict(), FILE)"
 
 
 def to_bytes(checkpoint: dict) -> memoryview:
@@ -80,29 +83,53 @@ def read(path: str | Path) -> dict:
     No code from the file runs (`weights_only=True`). Raises CheckpointError for a file that is missing, damaged, or of
     another kind or format.
     """
-    path = Path(path)
+    return checked(path, contents(path))
+
+
+def contents(path: str | Path, weights: bool = False) -> object:
+    """What torch.save wrote into a file, with its tensors on the CPU; no code from the file runs.
+
+    With `weights` it may be a state_dict, also as torch.save wrote it before PyTorch 1.6, without sums. Raises
+    CheckpointError for a file that is missing, damaged or of another kind.
+    """
+    path, ours = Path(path), OURS + OR_WEIGHTS * weights
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint{'; it is a folder' if path.is_dir() else ''}")
     try:
         with path.open("rb") as file:  # one file throughout, whatever gets its name meanwhile
-            if kind := kind_of(file):
-                error = f"not a whole checkpoint of train.py but {kind}; {OURS}"
+            kind = kind_of(file)
+            if kind and not (weights and kind == LEGACY):
+                error = f"not a whole checkpoint of train.py but {kind}; {ours}"
             else:
-                check_archive(file)
+                check_legacy(file) if kind else check_archive(file)
                 file.seek(0)
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-                error = foreign_content(checkpoint)
-        if not error:
-            if checkpoint["format"] == 1:  # whose pictures were never resized further than to `image_size`
-                checkpoint = {"resize": checkpoint.get("image_size"), "interpolation": "bilinear"} | checkpoint
-            checkpoint = {"levels": None} | checkpoint  # which formats 1 and 2 have not
-            error = wrong_content(checkpoint)
+                content = torch.load(file, map_location="cpu", weights_only=True)
+                error = None if are_bare(content) else f"a dict in it has attributes, which is none of ours; {ours}"
     except OSError as problem:
         error = f"cannot be read: {problem.strerror or problem}"
     except pickle.UnpicklingError as problem:
         what = f"Python objects ({problem!s:.80})"
-        error = f"the file holds {what}, which could run code; it was not loaded; {OURS}"
+        error = f"the file holds {what}, which could run code; it was not loaded; {ours}"
     except Exception as problem:  # torch raises many kinds for damaged files
+        if out_of_memory(problem):
+            raise
+        error = "the file is damaged or cut short"
+    if error:
+        raise CheckpointError(f"{path}: {error}")
+    return content
+
+
+def checked(path: str | Path, content: object) -> dict:
+    """The `content` of the file `path` as a checkpoint of today, all of it checked; raises CheckpointError."""
+    if error := foreign_content(content):
+        raise CheckpointError(f"{path}: {error}")
+    checkpoint = content
+    if checkpoint["format"] == 1:  # whose pictures were never resized further than to `image_size`
+        checkpoint = {"resize": checkpoint.get("image_size"), "interpolation": "bilinear"} | checkpoint
+    checkpoint = {"levels": None, "fit": "crop"} | checkpoint  # which formats 1 and 2 have not
+    try:
+        error = wrong_content(checkpoint)
+    except Exception as problem:  # a stranger's values can be anything
         if out_of_memory(problem):
             raise
         error = "the file is damaged or cut short"
@@ -113,8 +140,6 @@ def read(path: str | Path) -> dict:
 
 def foreign_content(content: object) -> str | None:
     """What a file of torch.save holds that train.py has not written, in words; None when it may have."""
-    if not are_bare(content):
-        return "a dict in it has attributes, which no checkpoint of train.py has"
     if isinstance(content, dict) and "format" in content:
         number = content["format"]
         if isinstance(number, int) and 1 <= number <= FORMAT:
@@ -174,6 +199,8 @@ def wrong_content(checkpoint: dict) -> str | None:
         or min(checkpoint["std"]) <= 0
         or not 1 <= checkpoint["image_size"] <= checkpoint["resize"] <= LARGEST_SIDE
         or checkpoint["interpolation"] not in INTERPOLATIONS
+        or checkpoint["fit"] not in FITS
+        or (checkpoint["fit"] != "crop" and checkpoint["resize"] > checkpoint["image_size"])
         or checkpoint["config"].get("loss", LOSSES[0]) not in LOSSES
         or checkpoint["config"].get("tta", TTA[0]) not in TTA
         or not all(1 <= options.get(key, 1) <= MOST_OUTPUTS for key in ("append", "classes"))

@@ -23,6 +23,7 @@ def a_checkpoint(network: nn.Module, name: str = "cifar_quick", **options: objec
         "image_size": side,
         "resize": side,
         "interpolation": "bilinear",
+        "fit": "crop",
         "mean": [0.5, 0.5, 0.5],
         "std": [0.2, 0.2, 0.2],
         "levels": None,
@@ -33,10 +34,13 @@ def a_checkpoint(network: nn.Module, name: str = "cifar_quick", **options: objec
     }
 
 
-def a_state(network: nn.Module, config: Config, head: Sequence[str] = (), steps: int = 10) -> TrainState:
-    """The state of a run of so many steps that has just begun, on the CPU and in float32."""
+def a_state(
+    network: nn.Module, config: Config, head: Sequence[str] = (), steps: int = 10, labels: Tensor | None = None
+) -> TrainState:
+    """The state of a run of so many steps, on pictures of these labels, that has just begun: on the CPU, in float32."""
+    labels = torch.arange(100) % 2 if labels is None else labels
     optimizer = make_optimizer(network, head, config, torch.float32)
-    state = make_state(network, network, optimizer, config, torch.float32, ALONE, pictures=100)
+    state = make_state(network, network, optimizer, config, torch.float32, ALONE, labels=labels)
     state.total_steps = steps
     return state
 

@@ -29,6 +29,7 @@ TWINS = {"README.md": "README.zh.md", "docs/tour.md": "docs/tour.zh.md"}
 SCRIPTS = {"device.py": device, "datasets.py": datasets, "model.py": model, "train.py": train, "predict.py": predict}
 SMALL = {"train.py": "--limit 60 --epochs 1 --batch-size 20 --device cpu --no-views", "datasets.py": "--limit 60"}
 REPLACED = {"cifar10": "shapes", "data/cifar10": "photos", "data/ants_bees": "photos", "resnet18": "squeezenet1_1"}
+SMALL_CONFIG = {"configs/photos.toml": "--model squeezenet1_1 --image-size 64"}
 PLACE = re.compile(r"\s*# ([\w/]+\.py), .*?(above|below) `(.+)`\n")  # the first line of code to put somewhere
 
 
@@ -105,6 +106,7 @@ def run(command: str, desk: Path) -> None:
         return
     script, words = words[1], [REPLACED.get(word, word) for word in words[2:]]
     words += [] if "--resume" in words else SMALL.get(script, "").split()
+    words += [flag for config in SMALL_CONFIG if config in words for flag in SMALL_CONFIG[config].split()]
     if "--resume" in words:
         words = ["2" if before == "--epochs" else word for before, word in itertools.pairwise(["", *words])]
         if command.endswith("--resume"):  # the newest unfinished one
@@ -236,7 +238,7 @@ def test_every_fault_is_provoked_by_a_test():
 
 # ---- changing it ----
 
-CHANGED = ("--model tiny", "--grey", "--optimizer adamw")
+CHANGED = ("--model tiny", "--grey", "--optimizer rmsprop")
 
 CHECK = """
 import json, sys, torch, datasets, train
@@ -245,7 +247,7 @@ assert train.cli([*flags, "--run-name", "a"]) == 0
 lines = [json.loads(line) for line in open("logs/a/metrics.jsonl")]
 assert lines[-1]["train_loss"] < lines[0]["train_loss"] and lines[-1]["test_top3"] >= lines[-1]["test_accuracy"] > 0
 before = torch.load("logs/a/epoch_003.pt", weights_only=True)
-assert before["model"]["name"] == "tiny" and "exp_avg" in before["training"]["optimizer"]["state"][0]
+assert before["model"]["name"] == "tiny" and "square_avg" in before["training"]["optimizer"]["state"][0]
 import pathlib
 pathlib.Path("logs/a/epoch_003.pt").unlink()
 assert train.cli(["--resume", "a"]) == 0
@@ -278,7 +280,7 @@ def test_the_four_changes(tmp_path):
     augment = "quick/data/augment.py"
     assert files == ["model.py", augment, augment, "quick/run/optimizers.py", "quick/nets/losses.py"]
     flags = "--config configs/shapes.toml --limit 200 --epochs 3 --lr 0.003 --quiet".split()
-    flags += "--model tiny --grey 0.5 --optimizer adamw".split()
+    flags += "--model tiny --grey 0.5 --optimizer rmsprop".split()
     result = subprocess.run(
         [sys.executable, "-c", CHECK, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

@@ -1,7 +1,5 @@
 """CIFAR-10: its archive from one of several mirrors, and its pickles, read without running code from them."""
 
-import hashlib
-import http.client
 import io
 import math
 import os
@@ -10,8 +8,6 @@ import pickletools
 import shutil
 import tarfile
 import tempfile
-import urllib.parse
-import urllib.request
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quick.cli import log, progress_bar
+from quick import downloads
+from quick.cli import log
 from quick.data.batching import balanced
 from quick.data.pictures import Pictures
 from quick.data.stores import InMemory
@@ -41,7 +38,6 @@ MIRRORS = [  # the same bytes; the origin, last, has been slow since June 2026 (
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 ]
-STALLED_SECONDS = 20  # without a byte, after which the next mirror is tried
 
 
 def cifar10(data_dir: Path, split: str, data_url: str = "", limit: int = 0) -> Pictures:
@@ -145,7 +141,7 @@ def fetch(data_dir: Path, data_url: str) -> None:
                 return  # another process has done it meanwhile
             if not path.is_file():
                 download(path, [data_url] if data_url else MIRRORS)
-            elif not is_the_archive(path):
+            elif not downloads.is_right(path, range(SIZE, SIZE + 1), "md5", MD5):
                 raise DataError(f"{path}: damaged or another archive (its MD5 is not {MD5}); {AGAIN}")
             # Unpacked aside and renamed, so that a folder of that name is always whole.
             with tempfile.TemporaryDirectory(dir=data_dir) as aside, tarfile.open(path) as tar:
@@ -178,60 +174,11 @@ def download(path: Path, urls: Sequence[str]) -> None:
 
     When none has, raises DataError, which names what is wrong with each and the ways out.
     """
-    partial, failures = path.with_name(path.name + ".part"), {}
     log.warning(f"CIFAR-10 is not in {path.parent}; downloading it ({SIZE / 1e6:.0f} MB)")
-    for url in urls:
-        for _ in range(5):  # as long as each try brings more bytes
-            before = partial.stat().st_size if partial.exists() else 0
-            try:
-                append_missing(url, partial)
-                if is_the_archive(partial):
-                    partial.replace(path)
-                    return
-                partial.unlink()
-                failures[url] = "serves other bytes"
-                if not before:
-                    break
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                cause = getattr(error, "reason", error)
-                failures[url] = getattr(cause, "strerror", None) or str(cause) or type(error).__name__
-                if not partial.exists() or partial.stat().st_size <= before:
-                    break
-    reasons = "; ".join(f"{urllib.parse.urlsplit(url).netloc or url}: {why}" for url, why in failures.items())
-    if len(failures) > 1 and len(set(failures.values())) == 1:
-        reasons = f"all {len(failures)} mirrors: {next(iter(failures.values()))}"
-    raise DataError(
-        f"CIFAR-10 could not be downloaded ({reasons}). Ways out: put {ARCHIVE} into {path.parent}, give "
-        "--data-url a mirror that works, point --data at a folder of pictures, or train on --data shapes"
-    )
-
-
-def append_missing(url: str, partial: Path) -> None:
-    """Append what is missing of the archive to `partial`; start again where the server cannot send a part.
-
-    Raises OSError or HTTPException on a broken or stalled connection, ValueError on an answer that is not the archive.
-    """
-    have = partial.stat().st_size if partial.exists() else 0
-    if have >= SIZE:
-        return
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0", "Range": f"bytes={have}-"})
-    with urllib.request.urlopen(request, timeout=STALLED_SECONDS) as answer:
-        goes_on = (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-")
-        start = have if answer.status == 206 and goes_on else 0
-        length = answer.headers["Content-Length"]
-        if length and start + int(length) != SIZE:
-            raise ValueError(f"serves {start + int(length):,} bytes instead of {SIZE:,}")
-        progress = progress_bar(urllib.parse.urlsplit(url).netloc, round(SIZE / 1e6), "MB", round(start / 1e6))
-        with progress, partial.open("ab" if start else "wb") as file:
-            while start < SIZE and (block := answer.read1(min(2**18, SIZE - start))):
-                file.write(block)
-                start += len(block)
-                progress.update(round(start / 1e6) - progress.n)
-    if start < SIZE:
-        raise OSError(f"the connection ended after {start:,} bytes")
-
-
-def is_the_archive(path: Path) -> bool:
-    with path.open("rb") as file:
-        checksum = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    return checksum == MD5 and path.stat().st_size == SIZE
+    try:
+        downloads.download(path, urls, range(SIZE, SIZE + 1), "md5", MD5)
+    except downloads.NotDownloaded as reasons:
+        raise DataError(
+            f"CIFAR-10 could not be downloaded ({reasons}). Ways out: put {ARCHIVE} into {path.parent}, give "
+            "--data-url a mirror that works, point --data at a folder of pictures, or train on --data shapes"
+        ) from reasons

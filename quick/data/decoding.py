@@ -9,7 +9,6 @@ import re
 import stat
 import struct
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from quick.data.pixels import Values, opaque, plain
+from quick.data.sizing import Sizing, padded, resize_picture
 from quick.errors import DataError
 
 # What Pillow may open, whatever a file is called: of its many other readers one hands PostScript to an interpreter.
@@ -40,24 +40,6 @@ TURNS = {  # by EXIF's orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class Sizing(NamedTuple):
-    """How a picture of any size becomes a square of bytes.
-
-    Its shorter side is resized to `resize`, and its middle is cut out. Of pixels wider than 8 bits, `levels` are the
-    values that become 0 and 255; None: 0 and 65535, or those of the picture if it has others or floats.
-    """
-
-    side: int = 32  # of the square, in pixels
-    resize: int = 0  # in pixels, at least `side`; 0: like it, so that nothing of the shorter side is lost
-    interpolation: str = "bilinear"  # or bicubic; both antialiased
-    levels: tuple[float, float] | None = None
-
-    @property
-    def shorter(self) -> int:
-        """Pixels of the shorter side before the middle is cut out."""
-        return self.resize or self.side
 
 
 def read_picture(
@@ -89,7 +71,7 @@ def decode(
         ):
             size = image.size
             if is_file and size != (shorter, shorter):  # a large JPEG is decoded at a fraction of its size
-                _, content = image.draft("RGB", (2 * shorter, 2 * shorter)) or (None, None)
+                _, content = image.draft("RGB", tuple(2 * pixels for pixels in sizing.resized(size))) or (None, None)
             image.load()
             turn = orientation(image)
             image, values = plain(image, sizing.levels)
@@ -102,7 +84,8 @@ def decode(
         raise
     except Exception as error:  # damaged pictures raise many kinds; Pillow refuses those above 179 million pixels
         raise DataError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
-    return opaque(image), size, values
+    pixels = opaque(image)
+    return padded(pixels, side) if sizing.fit == "pad" else pixels, size, values
 
 
 def fitting_jpeg(path: str, side: int) -> Image.Image | None:
@@ -184,43 +167,6 @@ def turned(extent: tuple[float, float], turn: int, size: tuple[int, int]) -> tup
     left = size[0] - width if turn in (2, 3, 6, 7) else 0
     top = size[1] - height if turn in (3, 4, 7, 8) else 0
     return left, top, left + width, top + height
-
-
-def resize_picture(
-    image: Image.Image,
-    sizing: Sizing,
-    width: int,
-    size: tuple[int, int] | None = None,
-    content: tuple[float, float, float, float] | None = None,
-) -> Image.Image:
-    """The middle of a picture, antialiased: `side` pixels of its shorter side and at most `width` of the longer one.
-
-    Only what is kept is computed, at the very pixels that torchvision's `Resize` and `CenterCrop` would give. An image
-    that was decoded at a fraction of its `size` has the picture in the box `content`.
-    """
-    size, (left, top, right, bottom) = size or image.size, content or (0, 0, *image.size)
-    side, resampling = sizing.side, Image.Resampling[sizing.interpolation.upper()]
-    whole = [sizing.shorter * pixels // min(size) for pixels in size]
-    long = min(max(whole), width)
-    kept = (long, side) if size[0] >= size[1] else (side, long)
-    # The square in the middle of what is kept is the one in the middle of the whole.
-    x, y = (round((full - side) / 2) - round((part - side) / 2) for full, part in zip(whole, kept, strict=True))
-    by_x, by_y = (right - left) / whole[0], (bottom - top) / whole[1]
-    x, y, end_x, end_y = left + x * by_x, top + y * by_y, left + (x + kept[0]) * by_x, top + (y + kept[1]) * by_y
-    # Pillow rounds between the two directions, and bicubic resizing clips there, too. Where it would not begin with the
-    # same for what is kept as for the whole, it is told with which.
-    first = is_height_first(image.size, whole)
-    if first != is_height_first(image.size, kept):
-        if first:
-            image, y, end_y = image.resize((image.width, kept[1]), resampling, (0, y, image.width, end_y)), 0, kept[1]
-        else:
-            image, x, end_x = image.resize((kept[0], image.height), resampling, (x, 0, end_x, image.height)), 0, kept[0]
-    return image.resize(kept, resampling, (x, y, end_x, end_y))
-
-
-def is_height_first(old: tuple[int, int], new: Sequence[int]) -> bool:
-    """Whether Pillow 13 resizes from one (width, height) to another by the height first, as tall pictures are."""
-    return old[1] > new[1] and old[1] - new[1] > 2 * (old[0] - new[0])
 
 
 class Decoded(NamedTuple):

@@ -3,16 +3,18 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from quick.data.pictures import Pictures
+from quick.data.sizing import PADDING
 from quick.data.stores import Enlarged
 from quick.data.streaming import free_memory
 from quick.errors import printable
 
+UNBALANCED = 3  # times as many pictures in the largest class as in the smallest, above which that is said
 FLAT = 8  # standard deviation of 0..255, below which there is nothing to see on a picture
 
 
@@ -40,6 +42,8 @@ def describe(sets: list[Pictures]) -> str:
         lines.append(f"copies    {len(copies)} {pictures.split} pictures are in {sets[0].split} too{example}")
     for pictures in sets:
         lines += [f"flat      {line}" for line in flat_in_words(pictures)]
+    if line := unbalanced(sets):
+        lines.append(f"balance   {line}; --balance 1 lets all classes count the same")
     lines.append("")
 
     for name, values in (("mean", sets[0].mean), ("std", sets[0].std)):
@@ -47,6 +51,24 @@ def describe(sets: list[Pictures]) -> str:
     if sets[0].levels:  # of pixels wider than 8 bits
         lines.append(f"levels = [{', '.join(f'{value:g}' for value in sets[0].levels)}]")
     return "\n".join(lines)
+
+
+def unbalanced(sets: Sequence[Pictures]) -> str | None:
+    """What it means that the largest class of the first set, training, is far larger than the smallest, in words.
+
+    None where it is not. The last set is one that is held out.
+    """
+    train_set, held_out = sets[0], sets[-1]
+    counts = torch.bincount(train_set.labels.cpu(), minlength=len(train_set.classes)).tolist()
+    (most, largest), (least, smallest) = ((f(counts), counts.index(f(counts))) for f in (max, min))
+    if most <= UNBALANCED * least:
+        return None
+    share = (held_out.labels == largest).double().mean().item()
+    large, small = printable(train_set.classes[largest]), printable(train_set.classes[smallest])
+    return (
+        f"{large} has {most:,} {train_set.split} pictures, {small} {least:,}: always answering {large} would get "
+        f"{share:.1%} of the {held_out.split} pictures right"
+    )
 
 
 def flat_in_words(pictures: Pictures) -> list[str]:
@@ -63,9 +85,13 @@ def flat(pictures: Pictures) -> dict[str, list[int]]:
     rows = torch.arange(len(pictures)) if pictures.rows is None else pictures.rows.cpu()
     batches, found, start = rows.to(pictures.labels.device).split(pictures.evaluation_batch), {}, 0
     for images in pictures.store.read(batches):
-        values = images.flatten(2).float()
-        for place in (values.std(2, correction=0).amax(1) < FLAT).nonzero().flatten().tolist():
-            mean = values[place].mean().item()
+        values, counts = images.flatten(2).float(), (images != PADDING).any(1).flatten(1)  # not what --fit pad added
+        counts |= ~counts.any(1, keepdim=True)
+        shares = (counts / counts.sum(1, keepdim=True)).unsqueeze(1)
+        means = (values * shares).sum(2)
+        spread = ((values - means.unsqueeze(2)).square() * shares).sum(2).sqrt()
+        for place in (spread.amax(1) < FLAT).nonzero().flatten().tolist():
+            mean = means[place].mean().item()
             what = "nearly black" if mean < 4 * FLAT else "nearly white" if mean > 255 - 4 * FLAT else "of one colour"
             found.setdefault(what, []).append(start + place)
         start += len(images)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from quick.cli import log, progress_bar
 from quick.data.batching import balanced
-from quick.data.decoding import Decoded, Files, Sizing, open_picture
+from quick.data.decoding import Decoded, Files, open_picture
 from quick.data.doctor import flat
 from quick.data.listing import Listing
 from quick.data.pictures import Pictures, histogram, statistics
 from quick.data.pixels import Values, levels_of
+from quick.data.sizing import Sizing
 from quick.data.stores import InMemory, Streamed
 from quick.data.streaming import Budget, decoder
 from quick.errors import DataError, printable
@@ -132,6 +133,8 @@ def decode_all(files: Files, *, workers: int, keep: bool, name: str, group: Grou
 
 def stored_width(paths: np.ndarray, sizing: Sizing) -> int:
     """The width to store pictures with, in pixels: as the longest of 64 files needs it, at most twice the side."""
+    if sizing.fit != "crop":  # all become squares
+        return sizing.side
     longest = 1.0
     for path in paths[:: max(1, len(paths) // 64)]:
         try:

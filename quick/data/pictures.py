@@ -1,5 +1,6 @@
 """A set of pictures with labels, and the batches that training and evaluation take from it, on the device."""
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,24 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """A picture, uint8 `(3, side, side)`, on the device and neither changed nor normalised, with its label.
+
+        So PyTorch's own DataLoader, Subset and random_split take this set, too; with worker processes if it is on the
+        CPU. Raises IndexError beyond the ends, TypeError for other indices, DataError for a file that is gone.
+        """
+        try:
+            place = operator.index(index)
+        except TypeError:
+            what = f"one picture has a whole number, not {index!r:.80}; take(torch.tensor([3, 7])) makes a smaller set"
+            raise TypeError(what) from None
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"there is no picture {place}: the set has {len(self):,}")
+        place %= len(self)
+        row = torch.tensor([place], device=self.labels.device) if self.rows is None else self.rows[place : place + 1]
+        [[image]] = self.store.read([row])
+        return image, int(self.labels[place])
 
     @property
     def side(self) -> int:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from quick.data.decoding import Files, Sizing, resize_picture
+from quick.data.decoding import Files
+from quick.data.sizing import Sizing, resize_picture
 from quick.data.streaming import decoder
 from quick.errors import DataError
 
@@ -124,6 +125,10 @@ class Streamed:
     def __post_init__(self) -> None:
         self.loader = decoder(self.files, self.sampler, self.workers, self.device)
 
+    def __reduce__(self) -> tuple:
+        """Go to another process without the workers of this one."""
+        return Streamed, (self.files, self.workers, self.device)
+
     @property
     def side(self) -> int:
         return self.files.side
@@ -156,6 +161,8 @@ class Streamed:
 
 def resized(store: InMemory, sizing: Sizing) -> InMemory | Enlarged:
     """The same square pictures in another size: smaller ones are made here, larger ones batch by batch."""
+    if sizing.side == sizing.shorter == store.side:
+        return store
     if sizing.side > store.side:
         return Enlarged(store, sizing)
     images = (Image.fromarray(image) for image in store.images.permute(0, 2, 3, 1).numpy())

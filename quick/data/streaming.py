@@ -1,5 +1,6 @@
 """Worker processes that decode picture files, and how much memory and how many cores there are for it."""
 
+import atexit
 import contextlib
 import math
 import os
@@ -7,13 +8,15 @@ import re
 import signal
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from quick.data.decoding import Decoded, Files, Sizing
+from quick.data.decoding import Decoded, Files
+from quick.data.sizing import Sizing
 from quick.errors import DataError
 from quick.processes import ALONE, Group
 
@@ -30,6 +33,7 @@ class Loader(torch.utils.data.DataLoader):
     """
 
     def __iter__(self) -> Iterator[Decoded]:
+        LOADERS.add(self)
         if not hasattr(signal, "SIGCHLD"):  # Windows
             return super().__iter__()
         before = signal.getsignal(signal.SIGCHLD)
@@ -37,6 +41,20 @@ class Loader(torch.utils.data.DataLoader):
         if signal.getsignal(signal.SIGCHLD) != before:
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         return batches
+
+
+LOADERS = weakref.WeakSet()  # that may have workers
+
+
+@atexit.register
+def kill_workers() -> None:
+    """End the workers with a program that is not one of our scripts: a notebook, or one of yours.
+
+    They leave a first SIGTERM to this process, so that Python, which sends one at its end, would wait for ever.
+    """
+    for loader in LOADERS:
+        for worker in getattr(loader._iterator, "_workers", ()):
+            worker.kill()
 
 
 def decoder(files: Files, batches: Iterable[list[int]], workers: int, device: torch.device) -> Loader:

@@ -52,7 +52,8 @@ def export(network: nn.Module, checkpoint: dict, source: str | Path, path: Path)
     """
     exported = Exported(network, checkpoint["mean"], checkpoint["std"]).eval()
     side = checkpoint["image_size"]
-    facts = json.dumps({key: checkpoint[key] for key in ("classes", "image_size", "resize", "interpolation", "levels")})
+    names = ("classes", "image_size", "resize", "interpolation", "fit", "levels")
+    facts = json.dumps({name: checkpoint[name] for name in names})
     convert = as_pt2 if path.suffix == ".pt2" else as_onnx
     try:
         # Exporters that fail print whole graphs to standard error.

@@ -17,21 +17,50 @@ def split_outputs(output: Tensor | tuple) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else tuple(logits for logits in output if logits is not None)
 
 
-def loss_function(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label_smoothing: float = 0.0) -> Tensor:
+def loss_function(
+    logits: Tensor,
+    labels: Tensor,
+    kind: str = "cross_entropy",
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """The mean loss per picture, as a scalar tensor, of float logits `(N, classes)` and int64 labels `(N,)`.
 
     `kind` is one of LOSSES; `mse` and `l1` compare the logits with one-hot labels, as a regression does. Label
     smoothing takes this share of each label's weight and gives it to all classes evenly (Szegedy et al. 2016,
     arxiv.org/abs/1512.00567, section 7). The loss is float32; for no pictures it is 0, with gradients of 0.
+
+    With `class_weights`, float32 `(classes,)`, the loss of each picture, smoothing included, counts as often as the
+    weight of its class says. The sum is divided by N, not by the sum of the weights: so the losses of a batch's parts,
+    each times its share of the batch, add up to the loss of the batch.
     """
     logits = logits.float()  # whatever the precision of the forward pass; the same in all processes of a group
     if not len(labels):
         return 0 * logits.sum()
+    reduction = "mean" if class_weights is None else "none"
     if kind == "cross_entropy":
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    classes = logits.shape[1]
-    one_hot = F.one_hot(labels, classes).to(logits.dtype) * (1 - label_smoothing) + label_smoothing / classes
-    return {"mse": F.mse_loss, "l1": F.l1_loss}[kind](logits, one_hot)
+        found = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction=reduction)
+    else:
+        classes = logits.shape[1]
+        one_hot = F.one_hot(labels, classes).to(logits.dtype) * (1 - label_smoothing) + label_smoothing / classes
+        found = {"mse": F.mse_loss, "l1": F.l1_loss}[kind](logits, one_hot, reduction=reduction)
+    if class_weights is None:
+        return found
+    of_picture = found if found.ndim == 1 else found.mean(1)
+    return (class_weights[labels] * of_picture).mean()
+
+
+def balanced_weights(labels: Tensor, balance: float) -> Tensor | None:
+    """The weight of each class in the training loss, float32 `(classes,)`, on the device of int64 labels `(N,)`.
+
+    It is proportional to (mean count / count) ** balance, and its mean over the pictures is 1: with a `balance` of 1
+    all classes weigh the same, with 0 all pictures do (None). A class without pictures has the weight 0.
+    """
+    if not balance:
+        return None
+    counts = torch.bincount(labels.cpu()).double()
+    weights = torch.where(counts > 0, counts.clamp(min=1) ** -balance, 0)
+    return (weights * counts.sum() / (weights * counts).sum()).float().to(labels.device)
 
 
 def probabilities(logits: Tensor, kind: str = "cross_entropy") -> Tensor:
@@ -51,7 +80,33 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
-METRICS = {"accuracy": accuracy}  # name: function of logits (N, classes) and int64 labels (N,); each gets its own curve
+def class_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Recall, precision and F1 of each class, float64 `(classes,)` on the CPU, of logits `(N, classes)`, labels `(N,)`.
+
+    Recall is the share of a class's pictures that were found, precision the share of the guesses of this class that
+    were right (0 where there was none), F1 the harmonic mean of the two (van Rijsbergen 1979, chapter 7). All are NaN
+    for a class without pictures.
+    """
+    classes, guess = logits.shape[1], logits.argmax(1)
+    members = (labels[guess == labels], labels, guess)
+    hits, pictures, guesses = (torch.bincount(of, minlength=classes).cpu().double() for of in members)
+    recall, precision, f1 = hits / pictures, hits / guesses.clamp(min=1), 2 * hits / (pictures + guesses)
+    scores = {"recall": recall, "precision": precision, "f1": f1}
+    return {name: values.masked_fill(pictures == 0, torch.nan) for name, values in scores.items()}
+
+
+def macro_f1(logits: Tensor, labels: Tensor) -> float:
+    """The mean F1 of the classes that have pictures, from 0 to 1; each class counts the same, however large it is."""
+    return class_scores(logits, labels)["f1"].nanmean().item()
+
+
+def balanced_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The mean recall of the classes that have pictures (Brodersen et al. 2010, doi.org/10.1109/ICPR.2010.764)."""
+    return class_scores(logits, labels)["recall"].nanmean().item()
+
+
+# Name: function of logits (N, classes) and int64 labels (N,). Each gets its own curve.
+METRICS = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": macro_f1}
 
 
 def score(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> dict[str, float]:

@@ -131,7 +131,8 @@ def describe(path: str | Path, network: nn.Module, checkpoint: dict) -> str:
     options = ", ".join(f"{key} {value}" for key, value in checkpoint["model"]["options"].items())
     count = sum(parameter.numel() for parameter in network.parameters())
     side, resize = checkpoint["image_size"], checkpoint["resize"]
-    cut = f", the middle of {resize} pixels on the shorter side" if resize > side else ""
+    cut = {"pad": ", padded with grey", "squash": ", squashed"}.get(checkpoint["fit"], "")
+    cut = f", the middle of {resize} pixels on the shorter side" if resize > side else cut
     levels = "; values of wide pixels from {:g} to {:g}".format(*checkpoint["levels"]) if checkpoint["levels"] else ""
     rows = {
         "file": f"{path}, {Path(path).stat().st_size / 1e6:,.1f} MB, format {checkpoint['format']}",

@@ -47,7 +47,9 @@ def transfer_weights(network: nn.Module, state_dict: dict, new: Collection[str],
     drop_auxiliary(content, own)
     if misfit := misfits(own, content):
         raise CheckpointError(f"{source}: its weights do not fit the network: {misfit}")
-    content._metadata = getattr(state_dict, "_metadata", None)  # the versions of layers; some layers read theirs
+    # The versions of layers; some layers read theirs. A plain dict has none: complete, it is as one of today.
+    versions = getattr(state_dict, "_metadata", None)
+    content._metadata = versions or (own._metadata if own.keys() <= content.keys() else None)
     network.load_state_dict(content)
 
 

@@ -27,12 +27,12 @@ def wrong_training(checkpoint: dict, config: Config) -> str | None:
     if config.model != checkpoint["model"]["name"]:
         return "has parts that do not belong together"
     try:
-        history = History.load(training["history"])
+        history = History.load(training["history"], config.best)
     except ValueError:
         return "has a history with impossible values"
     if len(history) != checkpoint["epoch"]:
         return "has parts that do not belong together"
-    if not is_history(history.epochs):
+    if not is_history(history.epochs, config.best):
         return "has a history with impossible values"
     numbers, confidences = [training["step"], training["pictures"]], [training["confidence"]]
     if not all(type(number) is int for number in numbers):
@@ -67,13 +67,16 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= LONGEST_TEXT
 
 
-def is_history(epochs: object) -> bool:
-    """Whether these are the metrics of epochs 1, 2, 3 ..., each with all that a run needs, in finite numbers."""
+def is_history(epochs: object, by: str = "accuracy") -> bool:
+    """Whether these are the metrics of epochs 1, 2, 3 ..., each with all that a run needs, in finite numbers.
+
+    `by` names what chooses the best epoch.
+    """
     try:
         numbers = ["epoch", "step", "lr", "train_loss", "train_accuracy"]
         if epochs:
             split = History(epochs).split
-            numbers += [f"{split}_loss", f"{split}_accuracy"]
+            numbers += [f"{split}_loss", f"{split}_accuracy", f"{split}_{by}"]
         for number, metrics in enumerate(epochs, 1):
             values = [metrics[name] for name in numbers]
             are_finite = all(isinstance(value, int | float) and math.isfinite(value) for value in values)

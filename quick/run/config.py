@@ -7,9 +7,13 @@ from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
 
+from torch import nn
+
 from quick.cli import Parser, add_flags, expanded, flag, read_text, wrong_value
+from quick.data.pictures import Pictures
 from quick.errors import ConfigError, suggestion
 from quick.processes import Group
+from quick.run.optimizers import RATES, fitting_lr
 from quick.run.settings import SETTINGS, Config
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "cifar_quick.toml"
@@ -83,6 +87,12 @@ def check_together(config: Config, group: Group, own_networks: Collection[str]) 
         raise ConfigError(f"--head append: an untrained {config.model} has no outputs to append to; add --weights FILE")
     if config.freeze != "0" and config.weights == "none":
         raise ConfigError(f"--freeze {config.freeze}: untrained stages would stay random; add --weights")
+    if config.warmup and config.schedule == "onecycle":
+        raise ConfigError("--warmup: --schedule onecycle has its own; add --schedule cosine, or --warmup 0")
+    if config.warmup >= config.epochs:
+        raise ConfigError(f"--warmup {config.warmup:g}: that is not below the {config.epochs} of --epochs")
+    if not config.lr and config.optimizer not in RATES:
+        raise ConfigError(f"--lr 0: no rate is known that fits {config.optimizer}; add --lr and a number")
     if config.freeze == "all" and config.backbone_lr:
         raise ConfigError("--backbone-lr: with --freeze all nothing but the head trains; add --backbone-lr 0")
     if config.model == "cifar_quick" and config.batch_norm and config.batch_size == 1 and config.freeze != "all":
@@ -95,16 +105,18 @@ def resolve(config: Config, pretrained: dict | None) -> Config:
     Raises ConfigError for settings that do not fit the weights.
     """
     defaults = {"image_size": 32, "resize": 32, "interpolation": "bilinear", "mean": (), "std": (), "levels": ()}
-    source = pretrained or defaults
+    source = defaults | (pretrained or {})  # a plain state_dict tells nothing of pictures
     size = config.image_size or source["image_size"]
-    resize = config.resize
+    resize, fit = config.resize, source.get("fit", "crop") if config.fit == "auto" else config.fit
     if not resize:  # pictures of another size than the weights' own show the whole of the shorter side
-        resize = source["resize"] if size == source["image_size"] else size
+        resize = source["resize"] if size == source["image_size"] and fit == "crop" else size
     if resize < size:
         raise ConfigError(f"--resize {resize} is below the image size, {size} pixels")
+    if resize > size and fit != "crop":
+        raise ConfigError(f"--resize {resize}: --fit {fit} cuts no middle out; add --resize 0 or --fit crop")
     if max(config.crop, config.cutout) > size:
         raise ConfigError(f"--crop and --cutout can be at most the image size, {size} pixels")
-    config = replace(config, image_size=size, resize=resize)
+    config = replace(config, image_size=size, resize=resize, fit=fit)
     if config.interpolation == "auto":
         config = replace(config, interpolation=source["interpolation"])
     if not config.levels:
@@ -122,6 +134,12 @@ def resolve(config: Config, pretrained: dict | None) -> Config:
             error = f"--weights {config.weights}: that network was trained otherwise"
             raise ConfigError(f"{error}; add {flag(name, value)}")
     return config
+
+
+def complete(config: Config, train_set: Pictures, network: nn.Module, own: bool) -> Config:
+    """Replace what is still "auto" by what the training pictures and the network say; `own`: it is one of model.py."""
+    lr = config.lr or fitting_lr(network, config, own)
+    return replace(config, mean=train_set.mean, std=train_set.std, levels=train_set.levels or (), lr=lr)
 
 
 def to_plain(config: Config) -> dict:

@@ -1,7 +1,7 @@
-"""A network's answers to pictures, in eval mode: one look, or several by test-time augmentation."""
+"""A network's answers to pictures, in eval mode: one look, or several by test-time augmentation; scores as a table."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from quick.cli import progress_bar
 from quick.data.pictures import Pictures
+from quick.nets import losses
 from quick.processes import ALONE, Group
+
+SHARES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "f1": "macro F1"}  # printed as percentages
 
 
 @torch.inference_mode()
@@ -73,3 +76,44 @@ def mean_of_views(network: nn.Module, images: Tensor, tta: str = "none") -> Tens
         moved = padded[:, :, 2:, 2:], padded[:, :, :height, :width]
         logits = logits / 2 + sum(mean_of_views(network, views, "mirror") for views in moved) / 4
     return logits
+
+
+def scores_by_class(
+    logits: Tensor, labels: Tensor, classes: Sequence[str]
+) -> tuple[dict[str, dict[str, float | None]], dict[str, float]]:
+    """Recall, precision and F1 of each class by its name, None for one without pictures; and the means of the others.
+
+    Takes logits `(N, classes)` and int64 labels `(N,)`.
+    """
+    found = losses.class_scores(logits, labels)
+    means = {kind: values.nanmean().item() for kind, values in found.items()}
+    rows = zip(*(values.tolist() for values in found.values()), strict=True)
+    rows = [[None if math.isnan(value) else value for value in row] for row in rows]
+    return {name: dict(zip(found, row, strict=True)) for name, row in zip(classes, rows, strict=True)}, means
+
+
+def print_evaluation(result: dict, classes: list[str], metrics: Iterable[str]) -> None:
+    """Print the scores, then a line for each class: recall, precision, F1, and what its pictures were taken for.
+
+    A class without pictures has none; the means, below, are those of the others. `metrics` are the names of all that
+    `result` has beside the loss.
+    """
+    scores = [f"loss {result['loss']:.4f}"]
+    scores += [f"{label} {result[name]:.2%}" for name, label in SHARES.items()]
+    scores += [f"{name} {result[name]:.4f}" for name in metrics if name not in SHARES]
+    print("  ".join([*scores, f"{result['pictures']:,} test pictures\n"]))
+    width = max(map(len, [*classes, "class", "mean"]))
+    cell = max(5, len(str(max(map(max, result["confusion"])))) + 1)
+    digits = max(2, len(str(len(classes) - 1)))
+    numbers = "".join(f"{index:>{cell}}" for index in range(len(classes)))
+    print(f"{'':{digits}} {'class':{width}}  recall  precision      F1  {numbers}   <- taken for")
+    for index, (name, row) in enumerate(zip(classes, result["confusion"], strict=True)):
+        row = "".join(f"{count:>{cell}}" for count in row)
+        print(f"{index:>{digits}} {name:{width}}  {score_cells(result['classes'][name])}  {row}")
+    print(f"{'':{digits}} {'mean':{width}}  {score_cells(result['means'])}")
+
+
+def score_cells(scores: dict[str, float | None]) -> str:
+    """Recall, precision and F1 as three cells of the table of `print_evaluation`."""
+    cells = ("-" if share is None else f"{share:.1%}" for share in scores.values())
+    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, (6, 9, 6), strict=True))

@@ -117,6 +117,7 @@ class RunFolder:
             "image_size": config.image_size,
             "resize": config.resize,
             "interpolation": config.interpolation,
+            "fit": config.fit,
             "mean": list(config.mean),
             "std": list(config.std),
             "levels": list(config.levels) or None,

@@ -16,6 +16,7 @@ class History:
 
     epochs: list[dict] = field(default_factory=list)
     earlier: int = 0  # so many of them an earlier version trained, which took the first of equally accurate ones
+    by: str = "accuracy"  # what chooses the best epoch, one of BEST
 
     def __len__(self) -> int:
         return len(self.epochs)
@@ -26,12 +27,18 @@ class History:
         return "val" if "val_accuracy" in self.epochs[-1] else "test"
 
     def score(self, metrics: dict) -> tuple[float, float]:
-        """How good an epoch is: by its accuracy, and among equal ones, of which few pictures give many, by its loss."""
-        return metrics[f"{self.split}_accuracy"], -metrics[f"{self.split}_loss"]
+        """How good an epoch is: by its accuracy or F1, and among equal ones, as few pictures give many, by its loss.
+
+        By the loss: among equal ones by the accuracy.
+        """
+        loss = -metrics[f"{self.split}_loss"]
+        if self.by == "loss":
+            return loss, metrics[f"{self.split}_accuracy"]
+        return metrics[f"{self.split}_{self.by}"], loss
 
     @property
     def best(self) -> dict:
-        """The metrics of the best epoch: of the highest accuracy, then of the lowest loss, then the last one."""
+        """The metrics of the best epoch, by its `score`; of equally good ones the last."""
         kept = max(self.epochs[: self.earlier], key=lambda metrics: self.score(metrics)[0], default=None)
         candidates = [kept, *self.epochs[self.earlier :]] if kept else self.epochs
         return max(reversed(candidates), key=self.score)
@@ -39,7 +46,7 @@ class History:
     def ended_by(self, config: Config) -> str | None:
         """The setting that ends the run after its last epoch: epochs or patience; None while it goes on.
 
-        An epoch that only equals the best one, in accuracy and loss, does not begin the patience anew.
+        An epoch that only equals the best one, in both parts of its score, does not begin the patience anew.
         """
         done = len(self.epochs)
         if done >= config.epochs:
@@ -66,13 +73,13 @@ class History:
         return {"columns": columns, "earlier": self.earlier}
 
     @classmethod
-    def load(cls, stored: object) -> "History":
-        """The history that a checkpoint has; a list of metrics in one of an earlier version.
+    def load(cls, stored: object, by: str = "accuracy") -> "History":
+        """The history that a checkpoint has; a list of metrics in one of an earlier version. `by` chooses the best.
 
         The file may be a stranger's: raises ValueError for what is no table of numbers.
         """
         if isinstance(stored, list):
-            return cls(stored, earlier=len(stored))
+            return cls(stored, len(stored), by)
         columns = stored.get("columns") if isinstance(stored, dict) else None
         if not isinstance(columns, dict) or type(stored.get("earlier")) is not int or len(columns) > 100:
             raise ValueError("no history")
@@ -92,4 +99,4 @@ class History:
         epochs = [
             {name: value for name, value in zip(columns, row, strict=True) if not math.isnan(value)} for row in rows
         ]
-        return cls(epochs, earlier=max(0, min(stored["earlier"], len(epochs))))
+        return cls(epochs, max(0, min(stored["earlier"], len(epochs))), by)

@@ -1,4 +1,4 @@
-"""Optimizers: SGD, Muon, and the groups of weights that have a learning rate of their own."""
+"""Optimizers: SGD, Muon, AdamW, their learning rates, and the groups of weights that have one of their own."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -11,12 +11,38 @@ class OptimizerSettings(Protocol):
     """The settings that an optimizer is made of; the Config of a run has them."""
 
     optimizer: str
+    weights: str
+    freeze: str
     lr: float
     muon_lr: float
     backbone_lr: float
     momentum: float
     nesterov: bool
     weight_decay: float
+
+
+# What --lr 0 stands for: by what trains, for our own networks, those of torchvision with batch normalisation, and those
+# without. SGD's are for a momentum of 0.9 and batches of 64. 0.1 is of He et al. 2015 (arxiv.org/abs/1512.03385); with
+# 0.01 torchvision's references/classification trains VGG; with 0.001, in batches of 4, PyTorch's transfer learning
+# tutorial trains all of a ResNet18. Our own with weights: the best of 0.1, 0.03, 0.01 and 0.005 on
+# 245 photographs. AdamW: 0.001 is its authors' (arxiv.org/abs/1711.05101).
+RATES = {
+    "sgd": {"nothing": (0.1, 0.1, 0.01), "pretrained": (0.03, 0.005, 0.001), "head": (0.1, 0.01, 0.001)},
+    "adamw": {"nothing": (1e-3, 1e-3, 1e-4), "pretrained": (3e-4, 1e-4, 1e-4), "head": (1e-3, 1e-3, 1e-3)},
+}
+RATES["muon"] = RATES["sgd"]  # of all that Muon leaves to SGD
+
+
+def fitting_lr(network: nn.Module, config: OptimizerSettings, own: bool) -> float:
+    """The highest learning rate that suits the optimizer, the network, its weights and what of it is frozen.
+
+    `own` says whether the network is one of ours. Only for a `config.optimizer` in RATES.
+    """
+    what = "pretrained" if config.weights != "none" else "nothing"
+    if what == "pretrained" and (config.freeze == "all" or config.backbone_lr):
+        what = "head"  # all else has stopped, or has a rate of its own
+    normalises = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
+    return RATES[config.optimizer][what][0 if own else 1 if normalises else 2]
 
 
 def make_optimizer(
@@ -107,6 +133,10 @@ def muon(groups: list[dict], config: OptimizerSettings, precision: torch.dtype, 
     return Muon(groups, config.momentum, config.nesterov, precision)
 
 
+def adamw(groups: list[dict], config: OptimizerSettings, precision: torch.dtype, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, fused=fused)
+
+
 # Each is made of the groups of weights, the config, the precision of the forward pass, and whether the device can
 # update all weights in one go (`fused`).
-OPTIMIZERS = {"sgd": sgd, "muon": muon}
+OPTIMIZERS = {"sgd": sgd, "muon": muon, "adamw": adamw}

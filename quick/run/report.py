@@ -1,11 +1,12 @@
 """The lines that train.py prints: what it trains, one line an epoch, and the result."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from quick.cli import flag, log, quoted
+from quick.data.doctor import unbalanced
 from quick.data.pictures import Pictures
 from quick.processes import Group
 from quick.run.folder import RunFolder
@@ -14,9 +15,12 @@ from quick.run.state import TrainState
 
 
 def print_start(
-    config: Config, sets: Iterable[Pictures], network: nn.Module, device: torch.device, group: Group
+    config: Config, sets: Sequence[Pictures], network: nn.Module, device: torch.device, group: Group
 ) -> None:
-    """In one line: the pictures, the network and its weights, the device and how many processes."""
+    """In one line: the pictures, the network and its weights, the device and how many processes.
+
+    In another one, where some classes have many more pictures than others.
+    """
     sizes = ", ".join(f"{len(pictures):,} {pictures.split}" for pictures in sets)
     count = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
@@ -27,6 +31,11 @@ def print_start(
         what += f", from {config.weights}"
     where = f"{group.size} processes, this one on {device}" if group.size > 1 else device
     log.info(f"{config.data}: {sizes} pictures; {what}; {where}")
+    if line := unbalanced(sets):
+        hint = "--balance 1 lets all classes count the same"
+        if config.balance:
+            hint = f"with {flag('balance', config.balance)} small classes weigh more"
+        log.info(f"{line}; {hint}")
 
 
 def epoch_line(metrics: dict, split: str, epochs: int, is_best: bool) -> str:
@@ -44,10 +53,16 @@ def print_result(run: RunFolder, state: TrainState, config: Config) -> None:
     if history.ended_by(config) == "patience":
         print(f"ended after epoch {len(history)} of {config.epochs} by {flag('patience', config.patience)}")
     best, split = history.best, history.split
+    chosen = {"accuracy": "", "loss": f" by loss {best[f'{split}_loss']:.3f}"}.get(history.by)
+    chosen = f" by macro F1 {best[f'{split}_f1']:.1%}" if chosen is None else chosen
     result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
     if "val_accuracy" in best and "test_accuracy" in best:
         result = f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {best['test_accuracy']:.1%}"
-    print(f"best: epoch {best['epoch']}, {result}")
+    print(f"best: epoch {best['epoch']}{chosen}, {result}")
+    last = "test" if "test_accuracy" in best else split  # what was evaluated last
+    balanced = best.get(f"{last}_balanced_accuracy")  # runs of an earlier version have none
+    if balanced is not None and abs(balanced - best[f"{last}_accuracy"]) >= 0.01:
+        print(f"each class counted the same: balanced accuracy {balanced:.1%}, macro F1 {best[f'{last}_f1']:.1%}")
     if state.mistakes:
         print(f"most mistaken: {', '.join(state.mistakes)}")
     print(f"python predict.py YOUR_PICTURE --checkpoint {quoted(run.path / 'best.pt')}")

@@ -125,17 +125,17 @@ def is_unfinished(folder: Path, given: dict) -> bool:
         return True
     except (ConfigError, OSError, ValueError):
         return False  # of another version, or damaged: it has to be named
-    if not is_history(epochs) or (epochs and "ended" in epochs[-1]):  # the latter of an earlier version
+    if not is_history(epochs, config.best) or (epochs and "ended" in epochs[-1]):  # the latter of an earlier version
         return False
     # A process that was killed may not have written the last epoch's checkpoint, and then does that epoch again.
     is_whole = (folder / epoch_file(len(epochs))).exists()
     ends = {name: value for name, value in given.items() if name in ("epochs", "patience")}
-    return not is_whole or not History(epochs).ended_by(replace(config, **ends)) or awaits_test(folder, config, epochs)
+    history = History(epochs, by=config.best)
+    return not is_whole or not history.ended_by(replace(config, **ends)) or awaits_test(folder, config, history)
 
 
-def awaits_test(folder: Path, config: Config, epochs: list[dict]) -> bool:
+def awaits_test(folder: Path, config: Config, history: History) -> bool:
     """Whether a run has chosen its best epoch on a validation set, and was killed before that was tested."""
-    history = History(epochs)
     if history.split == "test" or "test_accuracy" in history.best:
         return False
     listed = folder / PICTURES  # of a folder of pictures, which may have no test set
@@ -182,6 +182,8 @@ def reopen(
         # Settings that can change were perhaps changed after that checkpoint was written.
         changes = {name: getattr(config, name) for name, key in KEYS.items() if key.metadata["resumable"]}
         config = replace(saved, **changes)
+    if config.fit == "auto":  # of an earlier version
+        config = replace(config, fit="crop")
     check_changes(config, given, folder, start.checkpoint)
     changes = {name: value for name, value in given.items() if KEYS[name].metadata["resumable"] or name == "data"}
     start.config = replace(config, **changes | {"log_dir": str(folder.parent), "run_name": ""})
@@ -232,7 +234,7 @@ def check_changes(config: Config, given: dict, folder: Path, checkpoint: dict | 
     if epochs < config.epochs and epochs <= done:
         raise ConfigError(f"--epochs {epochs}: the run has {done} epochs already")
     if "epochs" in given and checkpoint and "patience" not in given:
-        history = History.load(checkpoint["training"]["history"])
+        history = History.load(checkpoint["training"]["history"], config.best)
         if epochs > done and history.ended_by(replace(config, epochs=epochs)) == "patience":
             raise ConfigError(f"--epochs {epochs}: the run was ended by --patience {config.patience}; add --patience 0")
     if config.epochs != epochs and config.hardest < 1 and checkpoint and checkpoint["training"]["totals"]:

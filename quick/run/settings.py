@@ -3,13 +3,14 @@
 import re
 from dataclasses import dataclass, fields
 
-from quick.checkpoints import INTERPOLATIONS, LOSSES, TTA
+from quick.checkpoints import FITS, INTERPOLATIONS, LOSSES, TTA
 from quick.cli import setting
 from quick.data.augment import Augment
 from quick.nets.activations import ACTIVATIONS
 from quick.nets.pretrained import STEMS
 from quick.run.optimizers import OPTIMIZERS
 
+BEST = ("accuracy", "f1", "loss")
 GROUPS = ("data", "augmentation", "network", "recipe", "machine", "run")  # headings of --help, in this order
 RESERVED = re.compile(
     r"(con|prn|aux|nul|(com|lpt)[0-9\xb9\xb2\xb3]|conin\$|conout\$)([. ].*)?", re.IGNORECASE
@@ -65,6 +66,13 @@ class Config(Augment):
         "auto",
         "how pictures are resized; auto: as --weights had it",
         choices=("auto", *INTERPOLATIONS),
+        auto=True,
+    )
+    fit: str = setting(
+        "data",
+        "auto",
+        "how pictures become squares: cut the middle out, pad with grey, or squash; auto: as --weights had it",
+        choices=("auto", *FITS),
         auto=True,
     )
     limit: int = setting(
@@ -134,13 +142,19 @@ class Config(Augment):
     optimizer: str = setting(
         "recipe",
         "sgd",
-        "sgd, or muon: the weights of hidden layers get orthogonal steps, all others SGD",
+        "sgd; adamw; or muon: the weights of hidden layers get orthogonal steps, all others SGD",
         choices=OPTIMIZERS,
     )
-    lr: float = setting("recipe", 0.01, "highest learning rate", above=0)
+    lr: float = setting(
+        "recipe",
+        0.0,
+        "highest learning rate; 0: what fits optimizer, network, weights and what is frozen",
+        at_least=0,
+        auto=True,
+    )
     muon_lr: float = setting("recipe", 0.05, "highest learning rate of Muon's orthogonal steps", above=0)
     backbone_lr: float = setting(
-        "recipe", 0.0, "highest learning rate of what SGD trains before the head; 0: like lr", at_least=0
+        "recipe", 0.0, "highest learning rate of what SGD or AdamW trains before the head; 0: like lr", at_least=0
     )
     schedule: str = setting(
         "recipe",
@@ -148,7 +162,14 @@ class Config(Augment):
         "how the learning rate changes in the run; onecycle begins with a warm-up",
         choices=("constant", "onecycle", "cosine"),
     )
-    momentum: float = setting("recipe", 0.0, "momentum of SGD", at_least=0, below=1)
+    warmup: float = setting(
+        "recipe",
+        0.0,
+        "epochs in which cosine and constant first rise in a straight line: this share of the run's steps",
+        at_least=0,
+        metavar="EPOCHS",
+    )
+    momentum: float = setting("recipe", 0.0, "momentum of SGD and Muon; AdamW's is 0.9", at_least=0, below=1)
     nesterov: bool = setting("recipe", False, "Nesterov's momentum")
     weight_decay: float = setting(
         "recipe", 0.0, "weight decay of matrices; biases and normalisation have none", at_least=0
@@ -158,6 +179,13 @@ class Config(Augment):
     )
     label_smoothing: float = setting(
         "recipe", 0.0, "share of each label that is given to all classes evenly", at_least=0, below=1
+    )
+    balance: float = setting(
+        "recipe",
+        0.0,
+        "how much more the pictures of small classes weigh in the training loss; 1: all classes weigh the same",
+        at_least=0,
+        at_most=1,
     )
     hardest: float = setting(
         "recipe",
@@ -209,10 +237,16 @@ class Config(Augment):
     quiet: bool = setting("run", False, "no progress bars and no notes; problems are still named", resumable=True)
     run_name: str = setting("run", "", "the run's folder; date, time and network if not given", check=bad_folder)
     keep: int = setting("run", 0, "checkpoints to keep beside best.pt, the newest; 0: all", at_least=0, resumable=True)
+    best: str = setting(
+        "run",
+        "accuracy",
+        "what chooses the best epoch; f1: its mean over the classes; of equal ones the loss, then the later one",
+        choices=BEST,
+    )
     patience: int = setting(
         "run",
         0,
-        "stop when in so many epochs neither the accuracy rose nor, at the highest one, the loss fell; 0: never",
+        "stop when so many epochs brought none that is better, as --best says; 0: never",
         at_least=0,
         resumable=True,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quick.data.batching import batch_slices
 from quick.errors import TrainingError
-from quick.nets.losses import confusion_counts, worst_pairs
+from quick.nets.losses import balanced_weights, confusion_counts, worst_pairs
 from quick.processes import Group, wrap_ddp
 from quick.run.history import History
 from quick.run.settings import Config
@@ -87,6 +87,7 @@ class TrainState:
     precision: torch.dtype  # of the forward pass
     group: Group  # of the processes that train together
     pictures: int  # in the training set
+    class_weights: Tensor | None = None  # with --balance: of each class in the loss, float32 (classes,)
     history: History = field(default_factory=History)
     total_steps: int = 0  # of the whole run; `restore` in resume.py sets it
     epoch: int = 1  # in progress, or the next one
@@ -152,7 +153,7 @@ class TrainState:
         if state["scaler"]:  # one that does nothing has no state
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.mistakes = state["step"], state["mistakes"]
-        self.history = History.load(state["history"])
+        self.history = History.load(state["history"], self.history.by)
         self.epoch = len(self.history) + 1
         self.totals = EpochTotals(**state["totals"]) if state["totals"] else None
         self.confidence = state["confidence"]
@@ -170,9 +171,12 @@ def make_state(
     precision: torch.dtype,
     group: Group,
     *,
-    pictures: int,
+    labels: Tensor,
 ) -> TrainState:
-    """The state at the beginning of a run; in a group `trainable` is wrapped in DistributedDataParallel."""
+    """The state at the beginning of a run, whose training pictures have these labels, int64 `(N,)`.
+
+    In a group `trainable` is wrapped in DistributedDataParallel.
+    """
     device = next(network.parameters()).device
     eager = trainable if group.size == 1 else wrap_ddp(trainable, device, config.accumulate)
     return TrainState(
@@ -185,7 +189,9 @@ def make_state(
         device=device,
         precision=precision,
         group=group,
-        pictures=pictures,
+        pictures=len(labels),
+        class_weights=balanced_weights(labels, config.balance),
+        history=History(by=config.best),
     )
 
 

@@ -1,20 +1,19 @@
 """CIFAR-10: its files, and its download, against a server on this machine that misbehaves as asked."""
 
 import hashlib
-import http.server
 import io
 import pickle
 import struct
 import tarfile
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from servers import serving
 
 import datasets
+from quick import downloads
 from quick.data import cifar10
 from quick.errors import DataError, LimitError
 
@@ -44,53 +43,13 @@ def packed(files: dict[str, bytes | tarfile.TarInfo]) -> bytes:
 ARCHIVE = packed(small_files())
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """GET /<behaviour>/...; the server object keeps a list of what was asked."""
-
-    def do_GET(self):
-        behaviour = self.path.split("/")[1]
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        self.server.asked.append((behaviour, start))
-        if behaviour.isdigit():
-            return self.send_error(int(behaviour))
-        body = {"html": b"<html>Sorry</html>", "corrupt": ARCHIVE[::-1], "short": ARCHIVE[:-1]}.get(behaviour, ARCHIVE)
-        partly = start and behaviour not in ("rangeless", "html")
-        self.send_response(206 if partly else 200)
-        if partly and behaviour != "unsaid":
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        body = body[start:] if partly else body
-        if behaviour != "lengthless":
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if behaviour in ("cut", "stall"):
-            self.wfile.write(body[: len(body) // 2])
-            self.wfile.flush()
-            if behaviour == "stall":
-                time.sleep(0.8)
-            return self.connection.close()
-        if behaviour == "slow":
-            time.sleep(0.5)
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch):
     """A running server; its `url(behaviour)` is an archive's address, its `asked` what was asked so far."""
     monkeypatch.setattr(cifar10, "SIZE", len(ARCHIVE))
     monkeypatch.setattr(cifar10, "MD5", hashlib.md5(ARCHIVE).hexdigest())
-    monkeypatch.setattr(cifar10, "STALLED_SECONDS", 0.4)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    running.asked = []
-    running.url = lambda behaviour: f"http://127.0.0.1:{running.server_port}/{behaviour}/cifar-10-python.tar.gz"
-    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-    yield running
-    running.shutdown()
-    running.server_close()
+    with serving(ARCHIVE, "cifar-10-python.tar.gz", monkeypatch) as running:
+        yield running
 
 
 @pytest.fixture
@@ -177,16 +136,16 @@ def test_without_a_network_one_message_names_the_ways_out(url, server, tmp_path,
 
 
 def test_an_interrupt_leaves_a_part_that_the_next_try_continues(fetch, tmp_path, monkeypatch):
-    whole = cifar10.is_the_archive
+    whole = downloads.is_right
     read = iter([True])
 
-    def interrupted(path: Path) -> bool:
+    def interrupted(path: Path, *right: object) -> bool:
         if next(read, False):
             path.write_bytes(path.read_bytes()[:1000])
             raise KeyboardInterrupt
-        return whole(path)
+        return whole(path, *right)
 
-    monkeypatch.setattr(cifar10, "is_the_archive", interrupted)
+    monkeypatch.setattr(downloads, "is_right", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch("good")
     assert fetch("good") == [("good", 0), ("good", 1000)]

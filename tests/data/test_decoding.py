@@ -12,8 +12,9 @@ import torch
 from conftest import ROOT, as_bytes, noisy
 from PIL import EpsImagePlugin, Image, ImageFile
 
-from quick.data.decoding import ENDINGS, Sizing, read_picture
+from quick.data.decoding import ENDINGS, read_picture
 from quick.data.pictures import normalize
+from quick.data.sizing import Sizing
 from quick.data.stores import cut_squares
 from quick.errors import DataError
 
@@ -173,6 +174,51 @@ def test_the_square_is_torchvisions_whatever_is_kept_beside_it(side, shorter, in
             middle = cut_squares(kept, torch.tensor([kept.shape[3]]), torch.tensor([tall]), None)[0].permute(1, 2, 0)
             difference = np.abs(square.astype(int) - middle.numpy())
             assert difference.max() <= 2 and difference.mean() < 0.1, (size, width)
+
+
+@pytest.mark.parametrize("side", [32, 75])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_padded_and_squashed_pictures_are_torchvisions(side, interpolation):
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    how = transforms.InterpolationMode(interpolation)
+    random, sizing = np.random.RandomState(0), Sizing(side, 0, interpolation)
+    for size in ((90, 60), (61, 90), (20, 33), (400, 41), (32, 32), (900, 2)):
+        image = Image.fromarray(random.randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        squashed, _ = read_picture(image, sizing._replace(fit="squash"), 2 * side)
+        expected = np.asarray(transforms.Resize((side, side), how)(image))
+        assert np.abs(squashed.astype(int) - expected).max() <= 1, size
+        padded, _ = read_picture(image, sizing._replace(fit="pad"), 2 * side)
+        longest = transforms.Resize([max(1, side * pixels // max(size)) for pixels in size[::-1]], how)(image)
+        expected = Image.new("RGB", (side, side), (128, 128, 128))
+        expected.paste(longest, ((side - longest.width) // 2, (side - longest.height) // 2))
+        assert np.abs(padded.astype(int) - np.asarray(expected)).max() <= 1, size
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_all_of_a_large_turned_jpeg_is_kept(fit, tmp_path):
+    """It is decoded at a fraction of its size. Red stands at its left edge and blue at its right one, then turned."""
+    image, exif = Image.new("RGB", (903, 301), "white"), Image.Exif()
+    image.paste("red", (0, 0, 90, 301))
+    image.paste("blue", (813, 0, 903, 301))
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    image.save(tmp_path / "a.png", exif=exif)
+    jpeg, png = (
+        read_picture(str(tmp_path / f"a.{kind}"), Sizing(30, fit=fit))[0].astype(int) for kind in ("jpg", "png")
+    )
+    assert np.abs(jpeg - png).mean() < 4 and jpeg.shape == (30, 30, 3)
+    assert np.abs(jpeg[0, 15] - (255, 0, 0)).max() < 10 and np.abs(jpeg[29, 15] - (0, 0, 255)).max() < 10
+    beside = (128, 128, 128) if fit == "pad" else (255, 255, 255)
+    assert np.abs(jpeg[15, 2] - beside).max() < 3
+    crop, _ = read_picture(str(tmp_path / "a.jpg"), Sizing(30))
+    assert np.abs(crop.astype(int) - 255).max() < 10  # which loses both
+
+
+def test_transparent_and_grey_pictures_are_padded_too():
+    clear = Image.new("RGBA", (40, 20), (200, 100, 50, 0))
+    for image, colour in ((clear, 255), (Image.new("L", (40, 20), 90), 90), (Image.new("I;16", (40, 20)), 0)):
+        picture, _ = read_picture(image, Sizing(20, fit="pad"))
+        assert (picture[:5] == 128).all() and (picture[15:] == 128).all() and (picture[5:15] == colour).all()
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

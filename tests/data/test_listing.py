@@ -222,7 +222,7 @@ def test_adding_pictures_never_moves_one():
 
 def test_names_decide_in_splits_too(tmp_path, colour_folder):
     shutil.copytree(colour_folder, tmp_path / "a")
-    config = Config(data=str(tmp_path / "a"), val_fraction=0.3, image_size=32, interpolation="bilinear")
+    config = Config(data=str(tmp_path / "a"), val_fraction=0.3, image_size=32, interpolation="bilinear", fit="crop")
 
     def sides() -> list[set[str]]:
         sets = datasets.load_sets(config)

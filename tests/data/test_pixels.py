@@ -16,8 +16,9 @@ import datasets
 import model
 import predict
 import train
-from quick.data.decoding import Sizing, decode, read_picture
+from quick.data.decoding import decode, read_picture
 from quick.data.pixels import Values, levels_of
+from quick.data.sizing import Sizing
 from quick.data.stores import Streamed
 from quick.processes import Group
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -15,8 +16,9 @@ import datasets
 import train
 from quick.data import streaming
 from quick.data.augment import Augment
-from quick.data.decoding import Sizing, read_picture
+from quick.data.decoding import read_picture
 from quick.data.pictures import denormalize
+from quick.data.sizing import Sizing
 from quick.data.stores import Enlarged, InMemory, Streamed
 from quick.data.streaming import free_memory
 from quick.errors import DataError
@@ -56,6 +58,65 @@ def test_streamed_batches_are_those_from_memory(photographs, workers):
         shown, same = (pictures.preview(torch.tensor([5, 2]), AUGMENT, 4, epoch) for pictures in (kept, streamed))
         assert all(torch.equal(first, second) for first, second in zip(shown, same, strict=True))
         next(streamed.batches(8, shuffle=True))  # an epoch that is left early does no harm
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_pictures_that_are_not_cut_are_the_same_in_memory_and_streamed(photographs, fit):
+    kept, _ = datasets.load(str(photographs), fit=fit)
+    streamed, _ = datasets.load(str(photographs), fit=fit, memory_share=0, workers=0)
+    assert kept.store.images.shape == (34, 3, 32, 32) and (kept.mean, kept.std) == (streamed.mean, streamed.std)
+    for batch, same in zip(kept.batches(8, augment=AUGMENT), streamed.batches(8, augment=AUGMENT), strict=True):
+        assert torch.equal(batch.images, same.images)
+    for place in (0, 33):
+        picture, _ = read_picture(os.fsdecode(kept.paths[place]), Sizing(32, fit=fit))
+        assert np.array_equal(picture, kept[place][0].permute(1, 2, 0))
+    for small, large in ((16, 16), (48, 48)):  # of squares it makes no difference
+        [shown] = datasets.load("shapes", fit=fit, image_size=small, limit=20, splits=["test"])
+        [cut] = datasets.load("shapes", image_size=large, limit=20, splits=["test"])
+        assert torch.equal(next(shown.batches(20)).images, next(cut.batches(20)).images)
+
+
+def test_what_no_sizing_can_be_is_one_line(photographs):
+    for how, error in (
+        ({"fit": "stretch"}, "fit 'stretch': must be one of crop, pad, squash"),
+        ({"interpolation": "nearest"}, "interpolation 'nearest': must be one of bilinear, bicubic"),
+        ({"fit": "pad", "resize": 40}, "resize 40: with fit 'pad' it must be 0"),
+    ):
+        with pytest.raises(DataError) as caught:
+            datasets.load(str(photographs), **how)
+        assert str(caught.value) == error
+
+
+def test_pytorchs_dataloader_takes_a_set(photographs):
+    train_set, _ = datasets.load(str(photographs))
+    streamed, _ = datasets.load(str(photographs), memory_share=0, workers=0)
+    centres = denormalize(next(train_set.batches(34)).images, train_set.mean, train_set.std)
+    for pictures in (train_set, streamed):
+        image, label = pictures[-1]
+        assert image.dtype == torch.uint8 and image.shape == (3, 32, 32) and type(label) is int
+        assert torch.equal(image, centres[33]) and label == train_set.labels[33]
+        batches = list(torch.utils.data.DataLoader(pictures, 16))
+        assert torch.equal(torch.cat([images for images, _ in batches]), centres)
+        assert torch.equal(torch.cat([labels for _, labels in batches]), train_set.labels)
+    assert torch.equal(train_set.take(torch.tensor([7, 3]))[1][0], centres[3])
+    assert len([*train_set]) == 34  # a loop ends at the end
+    rest, _ = torch.utils.data.random_split(train_set, [0.5, 0.5])
+    assert torch.equal(rest[0][0], centres[rest.indices[0]])
+    for place in (34, -35):
+        with pytest.raises(IndexError, match=f"no picture {place}: the set has 34"):
+            train_set[place]
+    for index in (slice(1, 3), "a", 1.0, [2], None):
+        with pytest.raises(TypeError, match="one picture has a whole number, not "):
+            train_set[index]
+
+
+@pytest.mark.parametrize("share", [0.4, 0])
+def test_processes_of_pytorchs_dataloader_read_a_set(photographs, share):
+    train_set, _ = datasets.load(str(photographs), memory_share=share, workers=0)
+    images, labels = next(iter(torch.utils.data.DataLoader(train_set, 34, num_workers=1)))
+    assert images.shape == (34, 3, 32, 32) and torch.equal(labels, train_set.labels)
+    copy = pickle.loads(pickle.dumps(train_set))  # as Windows and macOS hand it to them
+    assert torch.equal(copy[5][0], images[5])
 
 
 def test_the_mean_is_of_what_is_used_of_long_pictures(photographs):

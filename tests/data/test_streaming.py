@@ -2,15 +2,19 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import datasets
 from quick.data import streaming
-from quick.data.decoding import Files, Sizing
+from quick.data.decoding import Files
+from quick.data.sizing import Sizing
 from quick.data.streaming import Budget, cores, decoder, free_memory
 
 CPU = torch.device("cpu")
@@ -130,3 +134,16 @@ def test_the_end_of_a_worker_interrupts_nothing(colour_folder):
     paths = np.array([os.fsencode(path) for path in sorted(colour_folder.glob("train/red/*"))])
     batches = iter(decoder(Files(paths, Sizing(8), 8), [[0], [1]], workers=1, device=CPU))
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL and len([*batches]) == 2
+
+
+@pytest.mark.expensive
+def test_a_program_that_streams_ends(colour_folder):
+    """Ours end their workers themselves; a notebook or another program does not know of them."""
+    code = f"""
+import datasets
+train_set, _ = datasets.load({str(colour_folder)!r}, memory_share=0, workers=2)
+for batch in train_set.batches(4):
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

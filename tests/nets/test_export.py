@@ -42,7 +42,7 @@ def test_export_takes_any_batch_of_plain_pictures(source, capsys):
     assert torch.allclose(program.module()(images[:1]), logits[:1], atol=1e-4)
     facts = json.loads(facts["facts"])
     assert facts["classes"] == ["class 0", "class 1", "class 2"]
-    assert (facts["image_size"], facts["resize"], facts["interpolation"]) == (32, 32, "bilinear")
+    assert (facts["image_size"], facts["resize"], facts["interpolation"], facts["fit"]) == (32, 32, "bilinear", "crop")
 
 
 def test_export_to_onnx(source, capsys):

@@ -40,6 +40,31 @@ def test_the_loss_of_no_pictures_is_zero_and_so_are_its_gradients(kind):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
+def test_class_weights_count_a_picture_so_many_times_and_parts_of_a_batch_add_up(kind):
+    logits, labels = torch.randn(7, 3), torch.tensor([0, 0, 0, 0, 1, 2, 2])
+    weights = losses.balanced_weights(labels, 1)
+    assert torch.allclose(weights, torch.tensor([7 / 12, 7 / 3, 7 / 6]))
+    whole = losses.loss_function(logits, labels, kind, 0.1, weights)
+    of_each = [losses.loss_function(logits[[place]], labels[[place]], kind, 0.1) for place in range(7)]
+    assert torch.isclose(whole, sum(weights[label] * of for label, of in zip(labels, of_each, strict=True)) / 7)
+    often = torch.tensor([0, 1, 2, 3, *[4] * 4, 5, 5, 6, 6])  # as if each class had four pictures
+    assert torch.isclose(whole, losses.loss_function(logits[often], labels[often], kind, 0.1))
+    sizes = [3, 1, 0, 3]  # of pieces, or of the shards of processes
+    parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
+    total = sum(losses.loss_function(*part, kind, 0.1, weights) * len(part[1]) / 7 for part in parts)
+    assert torch.isclose(total, whole)
+
+
+def test_balance_weighs_classes_by_a_power_of_their_counts_and_the_mean_weight_is_one():
+    labels = torch.tensor([0] * 16 + [2] * 4)  # the second class has no pictures
+    for balance, ratio in ((1, 4), (0.5, 2)):
+        weights = losses.balanced_weights(labels, balance)
+        assert weights[1] == 0 and weights[2] / weights[0] == pytest.approx(ratio)
+        assert weights[labels].mean() == pytest.approx(1) and weights.dtype == torch.float32
+    assert losses.balanced_weights(labels, 0) is None
+
+
+@pytest.mark.parametrize("kind", LOSSES)
 def test_probabilities_sum_to_one(kind):
     found = losses.probabilities(torch.tensor([[0.9, 0.1, -0.2], [-1.0, -2.0, -3.0]]), kind)
     assert torch.allclose(found.sum(1), torch.ones(2)) and (found >= 0).all() and found[0].argmax() == 0
@@ -55,7 +80,17 @@ def test_the_score_has_the_loss_and_every_metric(monkeypatch):
         found = losses.score(logits, labels, kind)
         assert found["loss"] == pytest.approx(losses.loss_function(logits, labels, kind).item())
         assert found["accuracy"] == pytest.approx(2 / 3) and found["first"] == 0
-        assert list(found) == ["loss", "accuracy", "first"]
+        assert list(found) == ["loss", "accuracy", "balanced_accuracy", "f1", "first"]
+
+
+def test_scores_of_each_class_are_those_of_its_pictures_and_its_guesses():
+    guess, labels = torch.tensor([0, 0, 1, 1, 1, 3, 0]), torch.tensor([0, 0, 0, 1, 2, 2, 2])  # none is of class 3
+    scores = losses.class_scores(torch.eye(4)[guess], labels)
+    expected = {"recall": [2 / 3, 1, 0], "precision": [2 / 3, 1 / 3, 0], "f1": [2 / 3, 1 / 2, 0]}
+    for name, values in expected.items():
+        assert scores[name][:3].tolist() == pytest.approx(values) and scores[name][3].isnan()
+    assert losses.macro_f1(torch.eye(4)[guess], labels) == pytest.approx((2 / 3 + 1 / 2) / 3)
+    assert losses.balanced_accuracy(torch.eye(4)[guess], labels) == pytest.approx((2 / 3 + 1) / 3)
 
 
 def test_auxiliary_outputs_come_after_the_logits():

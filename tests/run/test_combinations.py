@@ -34,7 +34,7 @@ from quick.run.settings import Config
 FEW, FEW_IN_GROUPS = 6, 4  # of the runs, which cover most pairs; in groups without the slow GoogLeNet, the first
 EPOCHS = 2
 CUDA = torch.cuda.is_available()
-FIXED = {"epochs": EPOCHS, "device": "cuda" if CUDA else "cpu", "deterministic": CUDA, "workers": 0, "lr": 0.02}
+FIXED = {"epochs": EPOCHS, "device": "cuda" if CUDA else "cpu", "deterministic": CUDA, "workers": 0}
 TOGETHER = {  # by setting, or by what several settings are about
     "model": [
         {"model": "cifar_quick", "image_size": 8},
@@ -46,14 +46,17 @@ TOGETHER = {  # by setting, or by what several settings are about
     "activation": ["auto", "gelu"],
     "memory": [{"memory_share": 0.4}, {"memory_share": 0.0}],
     "interpolation": ["auto", "bicubic"],
+    "fit": ["auto", "pad", "squash"],
     "weights": ["none", "same classes", "other classes"],
     "head": ["auto", "replace", "append"],
     "freeze": ["0", "1", "all"],
-    "optimizer": ["sgd", "muon"],
+    "optimizer": ["sgd", "muon", "adamw"],
     "momentum": [{"momentum": 0.0}, {"momentum": 0.9}, {"momentum": 0.8, "nesterov": True}],
+    "lr": [0.0, 0.02],
     "backbone_lr": [0.0, 0.001],
     "weight_decay": [0.0, 0.01],
     "schedule": ["constant", "onecycle", "cosine"],
+    "warmup": [0.0, 0.6],
     "precision": ["fp32", "bf16", *["fp16"] * CUDA],
     "augmentation": [
         {},
@@ -64,6 +67,8 @@ TOGETHER = {  # by setting, or by what several settings are about
     "accumulate": [1, 3],
     "sync_bn": [False, True],
     "hardest": [1.0, 0.5],
+    "balance": [0.0, 0.7],
+    "best": ["accuracy", "f1", "loss"],
     "loss": [{"loss": "cross_entropy"}, {"loss": "mse"}, {"loss": "l1"}, {"label_smoothing": 0.2}],
     "clip_grad": [0.0, 0.5],
     "tta": ["none", "mirror", "shift"],
@@ -83,7 +88,7 @@ IN_GROUPS = {
     ],
     "batch_size": [6, 7],  # with which a process has a picture for each piece, or the last batch has too few
     **{name: TOGETHER[name] for name in ("weights", "head", "freeze", "optimizer", "accumulate", "sync_bn", "hardest")},
-    **{name: TOGETHER[name] for name in ("memory", "precision", "clip_grad", "val_fraction")},
+    **{name: TOGETHER[name] for name in ("memory", "precision", "clip_grad", "val_fraction", "balance")},
     "augmentation": [{}, {"flip": True, "jitter": 0.3}],
     "tta": ["none", "mirror"],
     "views": [{"views": False}],
@@ -259,7 +264,7 @@ def test_settings_work_together(number, few_colours, tmp_path, monkeypatch):
 
 def test_what_cannot_go_together_is_one_line(few_colours, tmp_path, capsys):
     flags = {error.split()[0] for _, error in REFUSED.values()}
-    assert flags == {"--freeze", "--head", "--backbone-lr:", "--activation"}
+    assert flags == {"--freeze", "--head", "--backbone-lr:", "--activation", "--warmup:", "--resize"}
     for number, (config, error) in enumerate(REFUSED.values()):
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 import train
+from quick.errors import ConfigError
 from quick.run.config import as_toml, read_config, resolve
 from quick.run.settings import Config
 
@@ -49,7 +50,7 @@ def test_help_shows_groups_and_the_configs_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--config", str(ROOT / "configs" / "tutorial.toml"), "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "highest learning rate (default: 0.01)" in text
+    assert stop.value.code == 0 and "what is frozen (default: 0.01)" in text
     for group in ("data:", "network:", "recipe:", "machine:", "run:"):
         assert f" {group} " in text
     assert all(f"--{name.replace('_', '-')}" in text for name in Config.__dataclass_fields__)
@@ -57,8 +58,24 @@ def test_help_shows_groups_and_the_configs_defaults(capsys):
 
 def test_nothing_is_filled_in_without_weights():
     config = resolve(train.parse([])[0], pretrained=None)
-    assert (config.image_size, config.resize, config.interpolation) == (32, 32, "bilinear")
+    assert (config.image_size, config.resize, config.interpolation, config.fit) == (32, 32, "bilinear", "crop")
     assert config.mean == ()  # to be measured
+
+
+def test_how_pictures_become_squares_is_that_of_the_weights():
+    weights = {"image_size": 64, "resize": 72, "interpolation": "bicubic", "mean": (), "std": (), "fit": "crop"}
+    weights |= {"model": {"options": {}}}
+    for source, flags, expected in (
+        (weights, "", (72, "crop")),
+        (weights, "--fit squash", (64, "squash")),
+        (weights | {"resize": 64, "fit": "pad"}, "", (64, "pad")),
+        (weights | {"resize": 64, "fit": "pad"}, "--fit crop --resize 70", (70, "crop")),
+        (weights | {"resize": 64, "fit": "pad"}, "--image-size 32", (32, "pad")),
+    ):
+        config = resolve(train.parse(flags.split())[0], pretrained=source)
+        assert (config.resize, config.fit) == expected
+    with pytest.raises(ConfigError, match="--resize 80: --fit pad cuts no middle out; add --resize 0 or --fit crop"):
+        resolve(train.parse("--fit pad --resize 80".split())[0], pretrained=None)
 
 
 # ---- wrong settings ----
@@ -111,7 +128,10 @@ MISTAKES = [
     ("--epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
     ("--lr nan", "--lr: nan is not a finite number"),
     ("--lr inf", "--lr: inf is not a finite number"),
-    ("--lr 0", "--lr: 0.0 is not above 0"),
+    ("--lr -1", "--lr: -1.0 is not at least 0"),
+    ("--warmup -1", "--warmup: -1.0 is not at least 0"),
+    ("--warmup 2", "--warmup: --schedule onecycle has its own; add --schedule cosine, or --warmup 0"),
+    ("--warmup 2.5 --epochs 2 --schedule cosine", "--warmup 2.5: that is not below the 2 of --epochs"),
     ("--batch-size 0", "--batch-size: 0 is not at least 1"),
     ("--batch-size 1", "add --no-batch-norm"),
     ("--momentum 1", "--momentum: 1.0 is not below 1"),

@@ -33,7 +33,7 @@ def test_metrics_have_a_line_an_epoch(run):
     for line in lines:
         assert list(line) == [
             *("epoch", "step", "train_loss", "train_accuracy", "lr", "epoch_seconds", "images_per_second"),
-            *("test_loss", "test_accuracy"),
+            *("test_loss", "test_accuracy", "test_balanced_accuracy", "test_f1"),
         ]
         assert 0 <= line["test_accuracy"] <= 1
         assert line["images_per_second"] == pytest.approx(1000 / line["epoch_seconds"])

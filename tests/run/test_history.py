@@ -36,6 +36,21 @@ def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss(scores, be
     assert History(epochs(*scores, split=split)).best["epoch"] == best
 
 
+def test_the_best_epoch_can_be_that_of_the_highest_f1_or_of_the_lowest_loss():
+    found = epochs((0.9, 0.5), (0.8, 0.4), (0.7, 0.4), (0.7, 0.4))
+    for metrics, f1 in zip(found, (0.1, 0.3, 0.3, 0.2), strict=True):
+        metrics["test_f1"] = f1
+    assert History(found, by="accuracy").best["epoch"] == 1
+    assert History(found, by="f1").best["epoch"] == 3  # of equal ones that of the lower loss, then the later one
+    assert History(found, by="loss").best["epoch"] == 2  # of equal ones that of the higher accuracy
+    again = History.load(History(found).state_dict(), "loss")
+    assert again.by == "loss" and again.best["epoch"] == 2
+    config = Config(epochs=9, patience=3)
+    assert [History(found, by=by).ended_by(config) for by in ("accuracy", "f1", "loss")] == ["patience", None, None]
+    assert History(found, by="loss").ended_by(Config(epochs=9, patience=2)) == "patience"
+    assert is_history(long_history(2).epochs) and not is_history(long_history(2).epochs, "f1")
+
+
 def test_the_epochs_and_the_config_tell_what_ended_a_run():
     history = History(epochs((0.3, 1), (0.5, 0.9), (0.5, 0.9), (0.4, 0.8)))
     assert History().ended_by(Config(epochs=1, patience=1)) is None

@@ -2,16 +2,21 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from samples import a_batch, a_state
 
 import model
+from quick.errors import ConfigError
 from quick.nets import losses
+from quick.processes import Group
+from quick.run.config import check_together, complete
 from quick.run.optimizers import OPTIMIZERS, Muon, orthogonal
 from quick.run.settings import Config
-from train import lr_share, train_step
+from train import lr_share, parse, train_step
 
 
 @pytest.fixture
@@ -81,6 +86,64 @@ def test_training_goes_on_from_what_was_saved_of_the_optimizer(network, batch, o
         train_step(state, batch, config)
     for whole, continued in zip(network.parameters(), states[1].network.parameters(), strict=True):
         assert torch.equal(whole, continued)
+
+
+def test_adamw_is_torchs_with_decay_of_weights_alone(network, batch):
+    config = Config(optimizer="adamw", lr=0.01, weight_decay=0.1)
+    state, other = a_state(network, config), copy.deepcopy(network)
+    groups = [[p for p in other.parameters() if (p.ndim > 1) == decays] for decays in (True, False)]
+    groups = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    for _ in range(3):
+        train_step(state, batch, config)
+        optimizer.zero_grad()
+        losses.loss_function(other(batch.images), batch.labels).backward()
+        optimizer.step()
+    for ours, theirs in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+# ---- the rate that fits ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "lr"),
+    [
+        ("", 0.1),
+        ("--config configs/shapes.toml", 0.1),
+        ("--model fast --optimizer muon", 0.1),
+        ("--config configs/fast.toml", 0.05),
+        ("--lr 0.3 --model vgg11", 0.3),
+        ("--optimizer adamw", 0.001),
+        ("--model resnet18", 0.1),
+        ("--model vgg11", 0.01),
+        ("--model vgg11_bn", 0.1),
+        ("--model resnet18 --weights imagenet", 0.005),
+        ("--model resnet18 --weights imagenet --freeze 2", 0.005),
+        ("--model resnet18 --weights imagenet --freeze all", 0.01),
+        ("--model resnet18 --weights imagenet --backbone-lr 1e-4", 0.01),
+        ("--model resnet18 --weights imagenet --optimizer adamw", 0.0001),
+        ("--model vgg11 --weights imagenet", 0.001),
+        ("--config configs/vgg16.toml --model vgg11", 0.001),
+        ("--weights best.pt", 0.03),
+        ("--weights best.pt --freeze all", 0.1),
+    ],
+)
+def test_without_a_rate_a_run_gets_one_that_fits(flags, lr, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = parse(flags.split())[0]
+    options = model.config_options(replace(config, weights="none", head="replace"), 10)
+    network = model.create_empty(config.model, options)
+    pictures = SimpleNamespace(mean=(0.5,) * 3, std=(0.2,) * 3, levels=None)
+    found = complete(config, pictures, network, own=config.model in model.NETWORKS)
+    assert found.lr == lr and found.backbone_lr == config.backbone_lr
+
+
+def test_an_optimizer_without_known_rates_wants_one(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "other", OPTIMIZERS["sgd"])
+    with pytest.raises(ConfigError, match="--lr 0: no rate is known that fits other; add --lr and a number"):
+        check_together(Config(optimizer="other"), Group(), ())
+    check_together(Config(optimizer="other", lr=0.1), Group(), ())
 
 
 # ---- Muon ----

@@ -6,13 +6,16 @@ import re
 import sys
 
 import pytest
+import torch
 import tqdm
+from conftest import COLOURS, noisy
 
 import datasets
 import model
 import train
 from quick.cli import quoted
 from quick.nets import losses
+from quick.run.config import read_config
 from quick.run.evaluation import outputs_of_set
 from quick.run.state import TrainState
 
@@ -35,6 +38,32 @@ def test_what_is_printed(tmp_path, capsys):
     assert re.fullmatch(r"most mistaken: (\w+ taken for \w+ \d+ %(, )?){3}", out[3])
     assert out[4] == f"python predict.py YOUR_PICTURE --checkpoint {quoted(best)}" and best.exists()
     assert out[5] == f"tensorboard --logdir {quoted(tmp_path / 'my logs')}"
+
+
+def test_a_folder_of_unequal_classes_is_told_and_the_scores_that_count_classes_the_same(tmp_path, capsys):
+    for split, counts in (("train", (14, 3)), ("test", (9, 2))):
+        for (name, colour), count in zip(COLOURS.items(), counts, strict=False):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(count):
+                noisy(colour, number).save(tmp_path / "data" / split / name / f"{number}.png")
+    said = "blue has 14 train pictures, green 3: always answering blue would get 81.8% of the test pictures right"
+    flags = f"--data {tmp_path / 'data'} --epochs 1 --lr 1e-9 --no-views --device cpu --log-dir {tmp_path}".split()
+    assert train.cli(flags) == 0
+    found = capsys.readouterr()
+    assert f"{said}; --balance 1 lets all classes count the same\n" in found.err
+    [metrics] = [json.loads(path.read_text()) for path in tmp_path.glob("*/metrics.jsonl")]
+    balanced, f1 = metrics["test_balanced_accuracy"], metrics["test_f1"]
+    assert metrics["test_accuracy"] in (pytest.approx(9 / 11), pytest.approx(2 / 11)) and balanced == 0.5
+    assert f"\neach class counted the same: balanced accuracy 50.0%, macro F1 {f1:.1%}\n" in found.out
+    datasets.main(["--data", str(tmp_path / "data")])
+    assert f"\nbalance   {said}; --balance 1 lets " in capsys.readouterr().out
+    assert train.cli([*flags, "--run-name", "b", "--balance", "1", "--best", "f1"]) == 0
+    found = capsys.readouterr()
+    assert f"{said}; with --balance 1.0 small classes weigh more\n" in found.err
+    best = torch.load(tmp_path / "b" / "best.pt", weights_only=True)
+    assert f"best: epoch 1 by macro F1 {best['metrics']['test_f1']:.1%}, test accuracy" in found.out
+    assert train.cli(["--resume", str(tmp_path / "b"), "--best", "loss"]) == 2
+    assert "--best: the run has 'f1', which cannot change any more" in capsys.readouterr().err
 
 
 def test_mistakes_are_those_of_the_best_epoch(tmp_path, monkeypatch, capsys):
@@ -81,7 +110,7 @@ def test_bar_line_file_and_tensorboard_have_the_same_figures(tmp_path, monkeypat
     curve = {event.step: event.value for event in accumulator.Scalars("loss/train")}
     assert [*curve] == [20, 40, 50, 70, 90, 100]
     rates = {event.step: event.value for event in accumulator.Scalars("lr")}
-    config = train.parse(["--schedule", "onecycle"])[0]
+    config = read_config(tmp_path / "a" / "config.toml")
     for step, lr in rates.items():
         assert lr == pytest.approx(config.lr * train.lr_share(config, 100, step - 1))
     on_bar = re.findall(r"epoch 1/2: [^\r]*, loss ([0-9.]+), run 0:00:\d\d left", terminal.getvalue())
@@ -108,7 +137,7 @@ def test_tensorboard_gets_all_tags_at_the_same_steps(run):
     accumulator = events(run)
     tags = accumulator.Tags()
     scalars = {"loss/train", "loss/test", "accuracy/train", "accuracy/test", "lr", "images_per_second"}
-    scalars |= {"epoch_seconds", "gradient_norm", "memory_mib"}
+    scalars |= {"epoch_seconds", "gradient_norm", "memory_mib", "f1/test", "balanced_accuracy/test"}
     assert set(tags["scalars"]) == scalars and tags["graph"]
     for tag in scalars:
         assert [event.step for event in accumulator.Scalars(tag)] == [16, 32, 48]

@@ -306,6 +306,20 @@ def test_a_run_of_an_earlier_version_knows_only_how_many_pictures_it_had(colour_
     assert "chose the best epoch by the test pictures, not by val; --weights " in capsys.readouterr().err
 
 
+def test_a_run_of_an_earlier_version_goes_on_with_the_middle_of_its_pictures(colour_folder, tmp_path, capsys):
+    assert train.cli(["--data", str(colour_folder), *COLOURS, str(tmp_path), "--epochs", "1"]) == 0
+    checkpoint = torch.load(tmp_path / "a" / "epoch_001.pt", weights_only=True)
+    del checkpoint["fit"], checkpoint["config"]["fit"]
+    save(tmp_path / "a" / "epoch_001.pt", checkpoint)
+    config = tmp_path / "a" / "config.toml"
+    config.write_text(config.read_text().replace('fit = "crop"\n', ""))
+    assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2", "--fit", "pad"]) == 2
+    assert "--fit: the run has 'crop', which cannot change any more" in capsys.readouterr().err
+    assert train.cli(["--resume", str(tmp_path / "a"), "--epochs", "2"]) == 0
+    assert torch.load(tmp_path / "a" / "epoch_002.pt", weights_only=True)["fit"] == "crop"
+    assert 'fit = "crop"\n' in config.read_text()
+
+
 def test_moved_pictures_and_moved_runs_go_on(colour_folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(colour_folder, tmp_path / "data")
     at_steps(monkeypatch, {4: send(signal.SIGINT)})

@@ -9,6 +9,7 @@ from conftest import noisy
 from runs import VARIANTS, contents, differences, resume, start, uninterrupted
 
 import train
+from quick.nets.losses import METRICS
 from quick.run import folder
 from quick.run.folder import RunFolder
 from quick.run.history import History
@@ -43,7 +44,7 @@ def test_it_is_the_same_wherever_it_is(tmp_path, monkeypatch, capsys):
     assert tested == found["best.pt"]["metrics"]
     assert History.load(found["epoch_003.pt"]["training"]["history"]).epochs == found["metrics"]
     assert found["epoch_003.pt"]["metrics"] == found["metrics"][-1]
-    for name in ("loss", "accuracy"):
+    for name in ("loss", *METRICS):
         [[step, value]] = found[f"{name}/test"]
         assert step == tested["step"] and value == pytest.approx(tested[f"test_{name}"])
     said = [line for line in out.splitlines() if line.startswith(("best", "most"))]
@@ -79,7 +80,7 @@ def test_a_run_that_was_killed_before_it_was_saved_is_tested_again(name, tmp_pat
     monkeypatch.undo()
     assert resume(tmp_path) == 0  # an unfinished run
     expected, found = uninterrupted("held out"), contents(tmp_path / "a")
-    for tag in ("loss/test", "accuracy/test"):  # TensorBoard may have it twice
+    for tag in (f"{name}/test" for name in ("loss", *METRICS)):  # TensorBoard may have it twice
         expected, found = expected | {tag: expected[tag][-1]}, found | {tag: found[tag][-1]}
     assert not differences(expected, found)
 

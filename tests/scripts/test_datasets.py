@@ -49,7 +49,7 @@ def test_all_sets_are_normalised_by_the_first(tmp_path):
 
 
 def test_every_setting_of_the_data_is_heeded(colour_folder):
-    how = {"image_size": 20, "resize": 30, "interpolation": "bicubic", "limit": 12}
+    how = {"image_size": 20, "resize": 30, "interpolation": "bicubic", "fit": "crop", "limit": 12}
     how |= {"mean": (0.1, 0.2, 0.3), "std": (0.2, 0.3, 0.4)}
     found = datasets.load_sets(Config(data=str(colour_folder), **how))
     for pictures, expected in zip(found, datasets.load(str(colour_folder), **how), strict=True):
@@ -71,8 +71,8 @@ def test_copies_of_training_pictures_in_the_test_set_are_found(colour_folder, tm
     assert pairs == [(str(copy), str(tmp_path / "c" / "train" / "blue" / "07.png"))]
 
 
-@pytest.mark.parametrize("share", [0.4, 0])
-def test_pictures_with_nothing_on_them_are_counted(share, tmp_path, capsys):
+@pytest.mark.parametrize(("share", "fit"), [(0.4, "crop"), (0, "crop"), (0.4, "pad")])
+def test_pictures_with_nothing_on_them_are_counted(share, fit, tmp_path, capsys):
     random = np.random.RandomState(0)
     for split, count in (("train", 20), ("test", 5)):
         for name in ("a", "b"):
@@ -82,7 +82,7 @@ def test_pictures_with_nothing_on_them_are_counted(share, tmp_path, capsys):
                 if number >= 12:
                     image = Image.fromarray(random.randint(0, 256, (40, 50, 3), dtype=np.uint8))
                 image.save(tmp_path / split / name / f"{number:02}.png")
-    sets = datasets.load(str(tmp_path), memory_share=share, workers=0)
+    sets = datasets.load(str(tmp_path), memory_share=share, workers=0, fit=fit)
     assert "most train" not in capsys.readouterr().err
     lines = [line.partition(", first ") for line in datasets.describe(sets).splitlines() if line.startswith("flat")]
     found = {line.removeprefix("flat      "): path for line, _, path in lines}

@@ -1,5 +1,6 @@
 """Runs that begin with trained weights: what is filled in from them, what is frozen, and what is refused."""
 
+import re
 import tomllib
 from dataclasses import replace
 
@@ -150,6 +151,22 @@ def test_networks_of_torchvision_train_and_repeat(flags, tmp_path):
     assert train.cli(["--config", str(tmp_path / "a" / "config.toml"), "--log-dir", str(tmp_path / "again")]) == 0
     [again] = (tmp_path / "again").iterdir()
     assert same_weights(tmp_path / "a" / "best.pt", again / "best.pt")
+
+
+def test_the_two_stages_of_the_photos_config(imagenet, tmp_path, colour_folder, monkeypatch):
+    """The commands in its head, for a smaller network; in the second stage the last layer is the first one's."""
+    monkeypatch.chdir(tmp_path)
+    head = (ROOT / "configs" / "photos.toml").read_text(encoding="utf-8")
+    first, second = re.findall(r"(?m)^#   (?:python train.py|\.\.\.) (.+)", head)
+    first = first.replace("configs", str(ROOT / "configs")).replace("--data photos", f"--data {colour_folder}")
+    first += " --model squeezenet1_1 --image-size 32 --limit 12 --epochs 1 --device cpu --no-views"
+    assert train.cli(first.split()) == 0
+    second = re.sub("--lr [0-9.]+", "--lr 1e-30", second).replace("--epochs 5", "--epochs 1")
+    assert train.cli(f"{first} {second}".split()) == 0
+    old, new = (read(tmp_path / "logs" / name / "best.pt") for name in ("photos", "photos2"))
+    assert unchanged(imagenet, old["state_dict"]) == set(imagenet) - {"classifier.1.weight", "classifier.1.bias"}
+    assert all(torch.allclose(value, new["state_dict"][key]) for key, value in old["state_dict"].items())
+    assert new["config"]["freeze"] == "0" and new["mean"] == [0.485, 0.456, 0.406]
 
 
 @pytest.mark.expensive

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 import datasets
 import model
 import predict
+import train
 from quick.checkpoints import TTA, read
 from quick.cli import Parser
 from quick.data import streaming
@@ -26,6 +28,7 @@ from quick.errors import CheckpointError, DataError
 from quick.nets import losses
 from quick.run import evaluation
 from quick.run.config import parse_config
+from quick.run.optimizers import fitting_lr
 
 
 @pytest.fixture
@@ -48,6 +51,34 @@ def pictures(tmp_path):
     noisy(COLOURS["green"], 101, (60, 90)).save(tmp_path / "b.JPG", "JPEG")
     noisy(COLOURS["blue"], 102).save(tmp_path / "inside" / "c.webp")
     return tmp_path
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_what_stands_at_the_edges_can_be_learned_and_is_looked_at(fit, tmp_path, capsys):
+    """The centre of these pictures, which is all that is seen of them without --fit, says nothing of their class."""
+    for split, count in (("train", 10), ("test", 4)):
+        for name in ("red", "blue"):
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = noisy((128, 128, 128), number, (48, 16))
+                image.paste(COLOURS[name], (0, 0, 14, 16))
+                image.save(tmp_path / "d" / split / name / f"{number}.png")
+    flags = (
+        f"--fit {fit} --image-size 8 --epochs 8 --batch-size 5 --no-flip --crop 0 --no-views --device cpu --run-name a"
+    )
+    assert train.cli([*flags.split(), "--data", str(tmp_path / "d"), "--log-dir", str(tmp_path)]) == 0
+    checkpoint = read(tmp_path / "a" / "best.pt")
+    assert checkpoint["fit"] == fit and f'fit = "{fit}"' in (tmp_path / "a" / "config.toml").read_text()
+    capsys.readouterr()
+    call = ["--checkpoint", str(tmp_path / "a" / "best.pt"), "--device", "cpu", "--json"]
+    assert predict.cli([*call, "--evaluate", str(tmp_path / "d")]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 1
+    assert predict.cli([*call, str(tmp_path / "d" / "test")]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == 8 and all(f"{answer['classes'][0]['class']}{os.sep}" in answer["file"] for answer in answers)
+    assert model.cli(call[:2]) == 0
+    told = {"pad": "8 x 8 pixels, bilinear, padded with grey\n", "squash": "8 x 8 pixels, bilinear, squashed\n"}
+    assert told[fit] in capsys.readouterr().out
 
 
 def test_a_picture_gets_its_top_classes_with_percentages(ask, pictures):
@@ -389,7 +420,8 @@ def test_the_shipped_weights_are_those_of_the_default_config():
     network, checkpoint = model.load(path)
     assert path.stat().st_size < 1e6 and sum(p.numel() for p in network.parameters()) == 145_770
     assert checkpoint["classes"] == CLASSES and checkpoint["metrics"]["test_accuracy"] > 0.8
-    wanted = vars(parse_config(Parser(), [])[0])
+    config = parse_config(Parser(), [])[0]
+    wanted = vars(replace(config, lr=fitting_lr(network, config, own=True)))
     differ = {key for key, value in checkpoint["config"].items() if value != wanted[key]}
     assert differ <= {"data", "image_size", "resize", "interpolation", "mean", "std", "run_name"}
 
@@ -542,17 +574,21 @@ def test_evaluation_gives_the_figures_of_training(run, capsys):
     assert result["accuracy"] == checkpoint["metrics"]["test_accuracy"]
     assert result["loss"] == pytest.approx(checkpoint["metrics"]["test_loss"], abs=1e-5)
     assert result["pictures"] == 1000 and [sum(row) for row in result["confusion"]] == [100] * 10
-    assert result["classes"]["ring"] == result["confusion"][6][6] / 100
+    assert result["classes"]["ring"]["recall"] == result["confusion"][6][6] / 100
+    assert result["f1"] == result["means"]["f1"] == checkpoint["metrics"]["test_f1"]
+    assert result["balanced_accuracy"] == result["means"]["recall"] == pytest.approx(result["accuracy"])
 
 
 def test_evaluation_prints_a_table(ask, colour_folder):
     status, lines, _ = ask("--evaluate", colour_folder)
     assert status == 0 and "accuracy 100.00%" in lines[0] and "18 test pictures" in lines[0]
     assert [line.split() for line in lines[3:]] == [
-        ["0", "blue", "100.0%", "6", "0", "0"],
-        ["1", "green", "100.0%", "0", "6", "0"],
-        ["2", "red", "100.0%", "0", "0", "6"],
+        ["0", "blue", *["100.0%"] * 3, "6", "0", "0"],
+        ["1", "green", *["100.0%"] * 3, "0", "6", "0"],
+        ["2", "red", *["100.0%"] * 3, "0", "0", "6"],
+        ["mean", *["100.0%"] * 3],
     ]
+    assert lines[2].split()[:4] == ["class", "recall", "precision", "F1"]
 
 
 def test_classes_are_matched_by_name(ask, tmp_path):
@@ -560,7 +596,10 @@ def test_classes_are_matched_by_name(ask, tmp_path):
         (tmp_path / "test" / name).mkdir(parents=True)
         noisy(COLOURS[name], 1).save(tmp_path / "test" / name / "1.png")
     _, lines, _ = ask("--evaluate", tmp_path)
-    assert "accuracy 100.00%" in lines[0] and lines[3].split()[:3] == ["0", "blue", "-"]
+    assert "accuracy 100.00%" in lines[0] and lines[3].split()[:5] == ["0", "blue", "-", "-", "-"]
+    assert lines[-1].split() == ["mean", *["100.0%"] * 3]
+    [found] = map(json.loads, ask("--evaluate", tmp_path, "--json")[1])
+    assert found["classes"]["blue"] == dict.fromkeys(["recall", "precision", "f1"]) and found["means"]["f1"] == 1
     (tmp_path / "test" / "yellow").mkdir()
     noisy((250, 250, 0), 1).save(tmp_path / "test" / "yellow" / "1.png")
     status, _, errors = ask("--evaluate", tmp_path)

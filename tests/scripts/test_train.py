@@ -33,13 +33,16 @@ def test_it_learns(colour_run):
 # ---- one step ----
 
 
-def test_a_batch_in_pieces_is_the_same_step():
-    images, labels, found = torch.rand(7, 3, 8, 8), torch.arange(7) % 2, []
+@pytest.mark.parametrize("balance", [0, 1])
+def test_a_batch_in_pieces_is_the_same_step(balance):
+    images, labels, found = torch.rand(7, 3, 8, 8), torch.arange(7) // 5, []
     for pieces in (1, 3):
         torch.manual_seed(0)
         network = model.CifarQuick(classes=2, image_size=8, batch_norm=False)
-        config = Config(lr=0.1, accumulate=pieces)
-        loss, logits = train.train_step(a_state(network, config), a_batch(images, labels, pieces), config)
+        config = Config(lr=0.1, accumulate=pieces, balance=balance)
+        state = a_state(network, config, labels=labels)
+        assert balance == 0 or state.class_weights.tolist() == pytest.approx([0.7, 1.75])
+        loss, logits = train.train_step(state, a_batch(images, labels, pieces), config)
         found.append([loss, logits, *network.parameters()])
     for whole, in_pieces in zip(*found, strict=True):
         assert torch.allclose(whole, in_pieces, atol=1e-6)
@@ -106,6 +109,17 @@ def test_cosine_and_constant():
     cosine = [train.lr_share(Config(schedule="cosine"), 4, step) for step in range(5)]
     assert cosine == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0])
     assert train.lr_share(Config(schedule="constant"), 4, 3) == 1
+
+
+def test_a_warm_up_is_a_straight_line_to_the_highest_rate():
+    cosine = [train.lr_share(Config(schedule="cosine"), 40, step) for step in range(40)]
+    for schedule, later in (("constant", [1] * 40), ("cosine", cosine)):
+        config = Config(schedule=schedule, epochs=10, warmup=2)
+        shares = [train.lr_share(config, 50, step) for step in range(50)]
+        assert shares[:11] == pytest.approx([step / 11 for step in range(1, 12)])
+        assert shares[10:] == pytest.approx(later)
+    half = Config(schedule="constant", epochs=1, warmup=0.5)
+    assert all(0 < train.lr_share(half, steps, step) <= 1 for steps in (1, 2, 3, 7) for step in range(steps))
 
 
 # ---- exact figures ----

@@ -180,7 +180,8 @@ def test_every_way_out_ends_all_processes_in_one_line(way, colour_folder, tmp_pa
     finally:
         process.kill()
     error = (tmp_path / "err").read_text()
-    assert len(re.findall("^train.py: ", error, re.MULTILINE)) == 1 and "Traceback" not in error
+    said = len(re.findall("^train.py: ", error, re.MULTILINE))
+    assert 1 <= said <= 1 + (way == "twice") and "Traceback" not in error  # the first Ctrl-C may have begun to save
     assert re.search(f"^train.py: .*{message}", error, re.MULTILINE)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import logging
 import math
-import multiprocessing
 import os
 import re
 import shlex
@@ -21,6 +20,7 @@ from quick.errors import CallError, Ended, Problem, out_of_memory, printable, su
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+CHANNELS = ("R", "G", "B")
 # What PyTorch says of a worker process that the system killed, or that got no memory to share.
 LOST_WORKER = re.compile(r"DataLoader worker \(pid|shared memory|Cannot allocate memory")
 LESS_MEMORY = {  # what to do where there is not enough
@@ -45,9 +45,6 @@ log = logging.getLogger("quick")  # info: a note, which --quiet silences; warnin
 log.addHandler(Notes())
 log.setLevel(logging.INFO)
 log.propagate = False
-
-
-CHANNELS = ("R", "G", "B")
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -243,12 +240,7 @@ def run_script(
 
 
 def exit_script(status: int) -> None:
-    """End the program with this exit status, and at once the processes that read files for it.
-
-    They leave a first SIGTERM to this process, so that Python, which sends one at its end, would wait for them.
-    """
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    """End the program with this exit status."""
     try:
         if sys.stdout:
             sys.stdout.flush()

@@ -21,6 +21,7 @@ from PIL import Image
 import datasets
 import train
 from quick.checkpoints import to_bytes, write_file
+from quick.processes import Group
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
@@ -107,6 +108,27 @@ def processes():
         patch.setenv("PYTHONPATH", str(ROOT))
         multiprocessing.forkserver.ensure_running()
     return context
+
+
+def in_two_processes(processes, work, folder: Path) -> list:
+    """What `work(group, folder)` returned in each process of a group of two: tensors, and plain values."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    members = [processes.Process(target=member, args=(rank, store.port, work, folder)) for rank in (0, 1)]
+    for process in members:
+        process.start()
+    for process in members:
+        process.join(100)
+        process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def member(rank: int, port: int, work, folder: Path) -> None:
+    """In each of the two processes."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    with Group(timeout=60) as group:
+        torch.save(work(group, folder), folder / f"{rank}.pt")
 
 
 @pytest.fixture

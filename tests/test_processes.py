@@ -5,42 +5,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_two_processes
 
 from quick.errors import GroupError
 from quick.processes import ALONE, Group
 
 
-def speak(rank: int, port: int, folder: Path) -> None:
-    """In each of two processes: use all that a group can do, and save what came out."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    with Group(timeout=60) as group:
-        weights = torch.full((2, 3, 2, 2), float(rank)).to(memory_format=torch.channels_last if rank else None)
-        group.broadcast([weights])
-        found = {
-            "place": [group.rank, group.size, group.local_rank, group.local_size],
-            "sum": group.all_reduce(torch.tensor([rank + 1, 10])),
-            "all": group.all_gather(f"rank {rank}"),
-            "rows": group.assemble(torch.tensor([[rank], [rank + 10]]), torch.tensor([rank, rank + 2]), 4),
-            "first": group.from_rank0(lambda: f"rank {rank}"),
-            "weights": weights,
-            "delayed": [group.delayed_max(float(rank), -float(step + rank)) for step in range(3)],
-        }
-        group.wait()
-    torch.save(found, folder / f"{rank}.pt")
+def speak(group: Group, _: Path) -> dict:
+    """Use all that a group can do; returns what came out."""
+    rank = group.rank
+    weights = torch.full((2, 3, 2, 2), float(rank)).to(memory_format=torch.channels_last if rank else None)
+    group.broadcast([weights])
+    found = {
+        "place": [group.rank, group.size, group.local_rank, group.local_size],
+        "sum": group.all_reduce(torch.tensor([rank + 1, 10])),
+        "all": group.all_gather(f"rank {rank}"),
+        "rows": group.assemble(torch.tensor([[rank], [rank + 10]]), torch.tensor([rank, rank + 2]), 4),
+        "first": group.from_rank0(lambda: f"rank {rank}"),
+        "weights": weights,
+        "delayed": [group.delayed_max(float(rank), -float(step + rank)) for step in range(3)],
+    }
+    group.wait()
+    return found
 
 
 def test_two_processes_tell_each_other_everything(processes, tmp_path):
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    members = [processes.Process(target=speak, args=(rank, store.port, tmp_path)) for rank in (0, 1)]
-    for process in members:
-        process.start()
-    for process in members:
-        process.join(100)
-        process.kill()
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for rank, found in enumerate(in_two_processes(processes, speak, tmp_path)):
         assert found["place"] == [rank, 2, rank, 2]
         assert found["sum"].tolist() == [3, 20] and found["all"] == ["rank 0", "rank 1"]
         assert found["rows"].tolist() == [[0], [1], [10], [11]]

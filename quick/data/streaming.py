@@ -1,8 +1,8 @@
 """Worker processes that decode picture files, and how much memory and how many cores there are for it."""
 
-import atexit
 import contextlib
 import math
+import multiprocessing.util
 import os
 import re
 import signal
@@ -46,15 +46,17 @@ class Loader(torch.utils.data.DataLoader):
 LOADERS = weakref.WeakSet()  # that may have workers
 
 
-@atexit.register
 def kill_workers() -> None:
-    """End the workers with a program that is not one of our scripts: a notebook, or one of yours.
+    """End the workers at the end of this process, whether it is one of our scripts, a notebook or a program of yours.
 
-    They leave a first SIGTERM to this process, so that Python, which sends one at its end, would wait for ever.
+    They leave a first SIGTERM to it, so that Python, which sends one then, would wait for ever.
     """
     for loader in LOADERS:
         for worker in getattr(loader._iterator, "_workers", ()):
             worker.kill()
+
+
+multiprocessing.util.Finalize(None, kill_workers, exitpriority=1)  # before Python ends them; atexit may come too late
 
 
 def decoder(files: Files, batches: Iterable[list[int]], workers: int, device: torch.device) -> Loader:

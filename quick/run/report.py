@@ -53,8 +53,11 @@ def print_result(run: RunFolder, state: TrainState, config: Config) -> None:
     if history.ended_by(config) == "patience":
         print(f"ended after epoch {len(history)} of {config.epochs} by {flag('patience', config.patience)}")
     best, split = history.best, history.split
-    chosen = {"accuracy": "", "loss": f" by loss {best[f'{split}_loss']:.3f}"}.get(history.by)
-    chosen = f" by macro F1 {best[f'{split}_f1']:.1%}" if chosen is None else chosen
+    chosen = ""
+    if history.by == "loss":
+        chosen = f" by loss {best[f'{split}_loss']:.3f}"
+    elif history.by == "f1":
+        chosen = f" by macro F1 {best[f'{split}_f1']:.1%}"
     result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
     if "val_accuracy" in best and "test_accuracy" in best:
         result = f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {best['test_accuracy']:.1%}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import as_bytes
+from conftest import as_bytes, in_two_processes
 from PIL import Image
 
 import datasets
@@ -185,28 +185,15 @@ def test_values_far_beyond_the_levels_of_training_are_told(tmp_path, capsys):
     assert "most train" not in told
 
 
-def read_in_a_group(rank: int, port: int, folder: Path) -> None:
-    """In each of two processes."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    with Group(timeout=60) as group:
-        train_set, _ = datasets.load(str(folder / "pictures"), group=group)
-        torch.save([train_set.levels, train_set.mean, train_set.store.images], folder / f"{rank}.pt")
+def read_in_a_group(group: Group, folder: Path) -> list:
+    train_set, _ = datasets.load(str(folder / "pictures"), group=group)
+    return [train_set.levels, train_set.mean, train_set.store.images]
 
 
 @pytest.mark.expensive
 def test_the_processes_of_a_group_find_one_scale(processes, tmp_path):
     alone, _ = datasets.load(str(camera_folder(tmp_path / "pictures", "tif", "float32", 60)))
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    members = [processes.Process(target=read_in_a_group, args=(rank, store.port, tmp_path)) for rank in (0, 1)]
-    for process in members:
-        process.start()
-    for process in members:
-        process.join(100)
-        process.kill()
-    for rank in (0, 1):
-        levels, mean, images = torch.load(tmp_path / f"{rank}.pt")
+    for levels, mean, images in in_two_processes(processes, read_in_a_group, tmp_path):
         assert (levels, mean) == (alone.levels, alone.mean) and torch.equal(images, alone.store.images)
 
 

@@ -19,13 +19,14 @@ from quick.data.cifar10 import cifar10
 from quick.data.decoding import read_picture
 from quick.data.doctor import describe
 from quick.data.folders import read_files
+from quick.data.holdout import share_of
 from quick.data.listing import find_files
 from quick.data.pictures import BUILT_IN, Pictures, normalize
 from quick.data.shapes import shapes
 from quick.data.sizing import Sizing
 from quick.data.stores import resized
 from quick.data.streaming import Budget, cores
-from quick.errors import DataError
+from quick.errors import ConfigError, DataError
 from quick.processes import ALONE, Group
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Augment", "load", "normalize", "read_picture"]  # for notebooks: `import datasets`
 
-FLAGS = ("data", "data_dir", "data_url", "image_size", "resize", "interpolation", "fit", "levels", "limit", "strict")
-FLAGS += ("val_fraction", "workers", "memory_share", *(key.name for key in fields(Augment)))
+SETTINGS = ("data", "data_dir", "data_url", "image_size", "resize", "interpolation", "fit", "levels", "limit", "strict")
+SETTINGS += ("labels", "val_fraction", "fold", "folds", "workers", "memory_share")
 
 
 def load(
@@ -55,6 +56,9 @@ def load(
     interpolation: str = "bilinear",
     fit: str = "crop",
     levels: Sequence[float] | None = None,
+    fold: int = 0,
+    folds: int = 0,
+    labels: str | Path = "",
     group: Group = ALONE,
 ) -> list[Pictures]:
     """Load the sets of `cifar10`, `shapes`, or a folder of pictures: one for each of `splits`, in that order.
@@ -68,15 +72,20 @@ def load(
     white: None finds them in the first set, () takes those of the type. CIFAR-10 is looked for in `data_dir`, else
     downloaded from known mirrors or `data_url`.
 
-    Of a folder without `test/` and `val/`, about `val_fraction` (0.2 if it is 0) is held out. Bad files are named on
-    standard error and left out, or refused if `strict`. A folder is kept in memory if it takes at most `memory_share`
-    of what is free, else streamed by `workers` processes (-1: one a core). Each process of a group reads its shard.
+    Of a folder without `test/` and `val/`, `fold` of `folds` or about `val_fraction` (0.2 if all are 0) is held out.
+    Bad files are named on standard error and left out, or refused if `strict`. A folder is kept in memory if it takes
+    at most `memory_share` of what is free, else streamed by `workers` processes (-1: one a core). Each process of a
+    group reads its shard.
+
+    A table of `labels` tells the classes of a folder's pictures, wherever they are in it; no class folders count then.
 
     Raises DataError for data that are missing or damaged, LimitError where `limit` is below the number of classes.
     """
-    device = torch.device(device)
+    device, share = torch.device(device), share_of(val_fraction, fold, folds)
     sizing = Sizing(image_size, resize, interpolation, tuple(levels) if levels else None, fit).checked()
     if data in BUILT_IN:
+        if labels:
+            raise ConfigError(f"--labels {labels}: {data} has labels of its own; a table is for a folder of pictures")
         if not set(splits) <= {"train", "test"}:
             raise DataError(f"{data} has the splits train and test, not {', '.join(splits)}")
         if Path(data).is_dir():
@@ -88,7 +97,7 @@ def load(
         sets = [shapes(split, limit=limit) for split in splits]
     elif data and Path(data).is_dir():
         budget = Budget(device, memory_share, group)
-        listings = group.from_rank0(lambda: find_files(Path(data), splits, val_fraction))
+        listings = group.from_rank0(lambda: find_files(Path(data), splits, share, labels))
         sets = []
         for split in splits or listings:
             pictures = read_files(
@@ -117,32 +126,15 @@ def load(
 def load_sets(config: "Config", device: torch.device | str = "cpu", group: Group = ALONE) -> list[Pictures]:
     """The sets that a config asks for: training, validation and test, or without one of these two.
 
-    `val_fraction` of the training pictures become the validation set. Without it that is a folder's `val/`; a folder
-    without splits has no test set. Raises what `load` raises.
+    A fold or `val_fraction` of the training pictures becomes the validation set. Without it that is a folder's `val/`;
+    a folder without splits has no test set. Raises what `load` raises.
     """
-    train_set, *others = load(
-        config.data,
-        config.data_dir,
-        config.image_size,
-        config.limit,
-        device=device,
-        mean=config.mean,
-        std=config.std,
-        splits=(),
-        data_url=config.data_url,
-        val_fraction=config.val_fraction,
-        strict=config.strict,
-        workers=config.workers,
-        memory_share=config.memory_share,
-        resize=config.resize,
-        interpolation=config.interpolation,
-        fit=config.fit,
-        levels=config.levels or None,
-        group=group,
-    )
-    if not config.val_fraction or others[0].split == "val":
+    settings = {name: getattr(config, name) for name in SETTINGS} | {"levels": config.levels or None}
+    train_set, *others = load(**settings, mean=config.mean, std=config.std, splits=(), device=device, group=group)
+    share = share_of(config.val_fraction, config.fold, config.folds)
+    if not share or others[0].split == "val":
         return [train_set, *others]
-    return [*train_set.hold_out(config.val_fraction, config.seed, Path(config.data)), *others]
+    return [*train_set.hold_out(share, config.seed, Path(config.data)), *others]
 
 
 # ---- the doctor ------------------------------------------------------------------------------------------------------
@@ -153,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--log-dir", help="also show samples, before and after augmentation, for TensorBoard here")
-    config, _, args = parse_config(parser, argv, FLAGS)
+    config, _, args = parse_config(parser, argv, (*SETTINGS, *(key.name for key in fields(Augment))))
     config = resolve(config, pretrained=None)
     sets = load_sets(config)
     print(describe(sets))

@@ -3,7 +3,6 @@
 `python predict.py dog.png` uses the newest run's best checkpoint; `--evaluate DATA` measures it on a test set.
 """
 
-import argparse
 import errno
 import io
 import json
@@ -21,11 +20,13 @@ from torch import Tensor, nn
 import datasets
 import model
 from device import memory_format, pick
-from quick.answers import Answer, print_answers, write_table
-from quick.checkpoints import TTA, write_file
-from quick.cli import Parser, exit_script, expanded, log, run_script
-from quick.data.asked import find_pictures, is_same_folder, why_unreadable
+from quick.answers import Answer, check_unsure, labelled, print_answers, write_table
+from quick.asking import parse
+from quick.checkpoints import write_file
+from quick.cli import exit_script, log, run_script
+from quick.data.asked import find_pictures, is_same_folder, labels_of_run, why_unreadable
 from quick.data.decoding import read_picture
+from quick.data.holdout import told_by
 from quick.data.pictures import BUILT_IN, evaluation_batch, normalize
 from quick.data.sizing import Sizing
 from quick.data.streaming import decode_files
@@ -34,6 +35,7 @@ from quick.errors import CheckpointError, DataError, composed, in_short, printab
 from quick.nets import losses
 from quick.processes import ALONE, Group
 from quick.run import evaluation
+from quick.sorting import sort_pictures
 from quick.views import drawing, fonts, insight
 
 NOT_FINITE = "the network's outputs for it are not finite numbers"
@@ -41,7 +43,7 @@ NOT_FINITE = "the network's outputs for it are not finite numbers"
 
 def main(argv: list[str] | None = None) -> int:
     """Do what these flags say; returns the exit status."""
-    args = parse(argv)
+    args = parse(argv, __doc__)
     with Group() as group:
         device = pick(args.device, group)
         path = Path(args.checkpoint) if args.checkpoint else group.from_rank0(newest_checkpoint)
@@ -56,15 +58,16 @@ def main(argv: list[str] | None = None) -> int:
             log.info(f"checkpoint: {path}")
 
         if args.evaluate:
-            result = evaluate(args.evaluate, args.data_dir, network, checkpoint, path, group)
+            result = evaluate(args.evaluate, args.data_dir, network, checkpoint, path, group, args.sure, args.labels)
             if args.form == "json":
                 print(json.dumps(result, allow_nan=False))
             else:
                 evaluation.print_evaluation(result, checkpoint["classes"], losses.METRICS)
             return 0
 
-        top_k = min(args.top_k, len(checkpoint["classes"]))
-
+        top_k, sure = min(args.top_k, len(checkpoint["classes"])), args.sure
+        if sure is not None:
+            check_unsure(checkpoint["classes"])
         refused = set()  # folders that took no explanation: one line for each will do
 
         def answer(names: Sequence[str]) -> Iterator[Answer]:
@@ -77,62 +80,16 @@ def main(argv: list[str] | None = None) -> int:
                         if error.errno != errno.ENAMETOOLONG:  # which the others may not be
                             refused.add(folder)
                         found = found._replace(error=f"no explanations there: {error.filename}: {error.strerror}")
-                yield found
+                yield found if sure is None else labelled(found, sure)
 
-        names = group.from_rank0(lambda: list(find_pictures(args.pictures)))
+        names = group.from_rank0(lambda: list(find_pictures(args.pictures, args.into)))
+        if args.into:
+            return sort_pictures(Path(args.into), answer(names), len(names), checkpoint["classes"])
         if args.csv:
             settings = f"{checksum} {top_k} {checkpoint['config'].get('tta')} {args.show}"
-            return write_table(Path(args.csv), names, top_k, answer, settings, group)
-        return print_answers(answer(names), top_k, args.form)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line's flags; raises CallError."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files, folders, or - for standard input")
-    parser.add_argument("--evaluate", metavar="DATA", help="measure on the test set of cifar10 or shapes, or a folder")
-    parser.add_argument("--data-dir", default="data", help="where downloads live (default: data)")
-    parser.add_argument("--checkpoint", type=expanded, help="default: the newest run's best.pt, else that in weights/")
-    parser.add_argument("--top-k", type=int, metavar="K", help="classes a picture (default: 3)")
-    forms = parser.add_mutually_exclusive_group()
-    forms.add_argument("--json", dest="form", action="store_const", const="json", help="a JSON object a line")
-    forms.add_argument(
-        "--csv",
-        nargs="?",
-        const=True,
-        metavar="FILE",
-        help="a table with a header; with a FILE, whose name ends in .csv, a stopped run goes on where it was, and "
-        "torchrun can share the work",
-    )
-    parser.add_argument("--show", action="store_true", help="write NAME.explained.png: what the answer depends on")
-    parser.add_argument("--tta", choices=TTA, help="test-time augmentation; default: as in training")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    args = parser.parse_args(argv)
-    if "" in [*args.pictures, args.evaluate, args.csv, args.data_dir, args.checkpoint]:
-        parser.error("a name is empty; give one of a file or folder")
-    if args.csv:
-        args.form, args.csv = "csv", "" if args.csv is True else expanded(args.csv)
-        if args.csv and not args.csv.lower().endswith(".csv"):  # not a file to write: the first picture
-            args.pictures, args.csv = [args.csv, *args.pictures], ""
-    if bool(args.pictures) == bool(args.evaluate):
-        parser.error("give pictures or --evaluate DATA, one of them (--help tells more)")
-    args.pictures, args.evaluate = list(map(expanded, args.pictures)), args.evaluate and expanded(args.evaluate)
-    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).absolute().parent.is_dir()):
-        parser.error(f"--csv {args.csv}: that is a folder, or in a folder that is not there")
-    if args.csv and "-" in args.pictures:
-        parser.error(f"--csv {args.csv}: standard input cannot be read again after a stop; use --csv without a file")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.pictures and not args.csv:
-        parser.error("several processes need a file to write to: add --csv FILE.csv")
-    if args.evaluate and args.form == "csv":
-        parser.error("--csv: an evaluation is printed as text or with --json")
-    if args.evaluate and args.show:
-        parser.error("--show: it explains pictures, not an evaluation")
-    if args.evaluate and args.top_k is not None:
-        parser.error("--top-k: an evaluation counts the most probable class alone")
-    args.top_k = 3 if args.top_k is None else args.top_k
-    if args.top_k < 1:
-        parser.error(f"--top-k {args.top_k}: must be at least 1")
-    return args
+            settings += "" if sure is None else f" {sure}"  # as it was before there was --sure
+            return write_table(Path(args.csv), names, top_k, answer, settings, group, labels=sure is not None)
+        return print_answers(answer(names), top_k, args.form, labels=sure is not None)
 
 
 def newest_checkpoint(log_dir: Path = Path("logs")) -> Path:
@@ -230,21 +187,31 @@ def explain(answer: Answer, network: nn.Module, checkpoint: dict) -> None:
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
 
-def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, path: Path, group: Group = ALONE) -> dict:
+def evaluate(
+    data: str,
+    data_dir: str,
+    network: nn.Module,
+    checkpoint: dict,
+    path: Path,
+    group: Group = ALONE,
+    sure: float | None = None,
+    labels: str | None = None,
+) -> dict:
     """Loss, metrics, scores of each class, their means, and confusion counts (rows: truth) on the test set of `data`.
 
     Of a folder: on the test pictures if it has splits, else on all in it; but only on those that were held out if it is
-    the one that the network of the checkpoint at `path` was trained on. Raises DataError, also where outputs are not
-    finite numbers.
+    the one that the network of the checkpoint at `path` was trained on. A table of `labels` tells the classes of a
+    folder; of its own folder, the run's table does if there is none. With `sure`, a probability, also how many are
+    sure, and how many of these right. Raises DataError, also where outputs are not finite numbers.
     """
     classes, config, device = checkpoint["classes"], checkpoint["config"], next(network.parameters()).device
     preparation = {name: checkpoint[name] for name in ("image_size", "resize", "interpolation", "fit", "mean", "std")}
     preparation["levels"] = checkpoint["levels"] or ()  # none: those of the type, as for single pictures
-    fraction = config.get("val_fraction", 0.0)
-    if isinstance(fraction, float) and 0 <= fraction < 1:  # a stranger's checkpoint can say anything
-        preparation["val_fraction"] = fraction
     trained_on = config.get("data")
     is_own = data in BUILT_IN or (trained_on not in BUILT_IN and is_same_folder(data, config, path))
+    if is_own and data not in BUILT_IN:
+        labels = labels or labels_of_run(data, config, path)
+    preparation |= told_by(config) | {"labels": labels or ""}
     splits = ["test" if is_own else "whole"]
     [test_set] = datasets.load(data, data_dir, device=device, splits=splits, group=group, **preparation)
     if data not in BUILT_IN:
@@ -256,22 +223,24 @@ def evaluate(data: str, data_dir: str, network: nn.Module, checkpoint: dict, pat
         raise DataError(f"{data}: the checkpoint does not know class '{strange[0]}'; {in_short(classes)}")
     places = torch.tensor([index_of[name] for name in names], device=device)
     tta, loss = config.get("tta", "none"), config.get("loss", "cross_entropy")
-    logits, labels = evaluation.outputs_of_set(network, test_set, classes=len(classes), group=group, tta=tta)
+    logits, truth = evaluation.outputs_of_set(network, test_set, classes=len(classes), group=group, tta=tta)
     if len(wrong := (~logits.isfinite().all(1)).nonzero()):
         paths, first = test_set.paths, wrong[0].item()
         name = f"{data}: picture {first + 1}" if paths is None else os.fsdecode(paths[first])
-        raise DataError(f"{name}: {NOT_FINITE} ({len(wrong):,} of {len(labels):,} pictures)")
-    labels = places[labels]  # classes are matched by name: the folder may have fewer
-    counts = losses.confusion_counts(logits, labels)
-    by_class, means = evaluation.scores_by_class(logits, labels, classes)
-    scores = losses.score(logits, labels, loss)
+        raise DataError(f"{name}: {NOT_FINITE} ({len(wrong):,} of {len(truth):,} pictures)")
+    truth = places[truth]  # classes are matched by name: the folder may have fewer
+    counts = losses.confusion_counts(logits, truth)
+    by_class, means = evaluation.scores_by_class(logits, truth, classes)
+    scores = losses.score(logits, truth, loss)
     if strange := [name for name, value in scores.items() if not math.isfinite(value)]:
         raise DataError(f"{data}: its {strange[0]} is {scores[strange[0]]}: the network's outputs are too large")
-    return scores | {"pictures": len(labels), "classes": by_class, "means": means, "confusion": counts.tolist()}
+    if sure is not None:
+        scores["sure"] = evaluation.sure_scores(logits, truth, loss, sure)
+    return scores | {"pictures": len(truth), "classes": by_class, "means": means, "confusion": counts.tolist()}
 
 
 def cli(argv: list[str] | None = None) -> int:
-    return run_script("predict.py", main, argv, "; with --csv FILE, the same command goes on from here")
+    return run_script("predict.py", main, argv, "; with --csv FILE or --into, the same command goes on from here")
 
 
 if __name__ == "__main__":

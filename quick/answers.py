@@ -20,11 +20,12 @@ import numpy as np
 
 from quick.checkpoints import write_file
 from quick.cli import log, progress_bar
-from quick.errors import DataError, printable
+from quick.errors import CheckpointError, DataError, printable
 from quick.processes import ALONE, LOCK_SECONDS, Group
 
 FORMULA = re.compile(r"'*\s*[=+\-@\uff1d\uff0b\uff0d\uff20\t\r\n]")  # how cells begin that spreadsheets compute
 NAME_ERRORS = sys.getfilesystemencodeerrors()  # how bytes of names that are no text come in and go out
+UNSURE = "unsure"  # what is said in the place of a class that is not probable enough
 FSYNC_EVERY = 1000  # answers, after which a journal is forced to the disk; each line is flushed to the system
 
 
@@ -35,13 +36,30 @@ class Answer(NamedTuple):
     top: list[tuple[str, float]] | None  # classes and their probabilities, highest first; None: there is no answer
     picture: np.ndarray  # uint8 (side, side, 3), as the network sees it; black if it could not be read
     error: str = ""  # why there is no answer, or no explanation of it
+    label: str | None = None  # with --sure: the first class, or UNSURE
+
+
+def labelled(answer: Answer, sure: float) -> Answer:
+    """The answer with its label: UNSURE if the first class's probability, as tables have it, is below `sure`."""
+    if answer.top is None:
+        return answer
+    name, share = answer.top[0]
+    return answer._replace(label=name if round(share, 6) >= sure else UNSURE)
+
+
+def check_unsure(classes: Sequence[str]) -> None:
+    """Raise CheckpointError if a class has the name that is said where none is probable enough."""
+    if strange := [name for name in classes if name.casefold() == UNSURE]:
+        raise CheckpointError(f"--sure: the network has a class '{strange[0]}' itself; leave the flag out")
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
 
 
-def print_answers(answers: Iterable[Answer], top_k: int, form: str) -> int:
+def print_answers(answers: Iterable[Answer], top_k: int, form: str, labels: bool = False) -> int:
     """Print answers with `top_k` classes each as `text`, `json` lines or `csv`; returns the exit status.
+
+    With `labels` they have some, which tables get a column for.
 
     JSON and CSV name the very files: in CSV a name that is no text stands in its own bytes. Only on a terminal what
     could steer it is escaped. What went wrong is said on standard error, and in JSON; the status is then 1.
@@ -55,13 +73,13 @@ def print_answers(answers: Iterable[Answer], top_k: int, form: str) -> int:
         print(f"{printable(line[:-1])}\n" if on_terminal else line, end="")
 
     if form == "csv":
-        print_row(table_header(top_k))
+        print_row(table_header(top_k, labels))
     for answer in answers:
         if answer.error:
             status = 1
             report_error(answer.name, answer.error)
         if form == "json":
-            found = {"file": answer.name}
+            found = {"file": answer.name} | ({} if answer.label is None else {"answer": answer.label})
             if answer.top is not None:
                 found["classes"] = [{"class": name, "probability": round(share, 6)} for name, share in answer.top]
             print(json_line(found | ({"error": answer.error} if answer.error else {})))
@@ -70,7 +88,9 @@ def print_answers(answers: Iterable[Answer], top_k: int, form: str) -> int:
         elif form == "csv":
             print_row(table_row(answer))
         else:
-            print("  ".join([printable(answer.name), *(f"{name} {share:.1%}" for name, share in answer.top)]))
+            unsure = f"{UNSURE}: " if answer.label == UNSURE else ""
+            shares = "  ".join(f"{name} {share:.1%}" for name, share in answer.top)
+            print(f"{printable(answer.name)}  {unsure}{shares}")
     return status
 
 
@@ -78,12 +98,13 @@ def report_error(name: str, error: str) -> None:
     log.warning(printable(f"predict.py: {name}: {error}"))
 
 
-def table_header(top_k: int) -> list[str]:
-    return ["file"] + [f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability")]
+def table_header(top_k: int, labels: bool = False) -> list[str]:
+    columns = [f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "probability")]
+    return ["file", *(["answer"] if labels else []), *columns]
 
 
 def table_row(answer: Answer) -> list[str]:
-    row = [safe_cell(answer.name)]
+    row = [safe_cell(text) for text in (answer.name, answer.label) if text is not None]
     for name, share in answer.top:
         row += [safe_cell(name), f"{share:.6f}"]
     return row
@@ -121,12 +142,14 @@ def write_table(
     answer: Callable[[Sequence[str]], Iterable[Answer]],
     settings: str,
     group: Group = ALONE,
+    labels: bool = False,
 ) -> int:
     """Write a CSV file with an answer about each of these pictures; returns the exit status.
 
-    `answer` gives an answer about each of some names, in order. The processes of a group share the work. Journals that
-    are of other names or `settings` are deleted. Raises DataError while another process writes the table, and if
-    answers of another process do not arrive here; FileExistsError if a file is in the way of a journal.
+    `answer` gives an answer about each of some names, in order, with `labels` each with a label. The processes of a
+    group share the work. Journals that are of other names or `settings` are deleted. Raises DataError while another
+    process writes the table, and if answers of another process do not arrive here; FileExistsError if a file is in the
+    way of a journal.
     """
     with contextlib.ExitStack() as stack:
         if group.rank == 0:
@@ -144,7 +167,7 @@ def write_table(
         with progress_bar("reading", len(shard), "files") as bar:
             add_to_journal(journal, zip(shard, found, strict=True), bar.update)
         group.wait()
-        status = finish_table(path, names, top_k, digest) if group.rank == 0 else 0
+        status = finish_table(path, names, table_header(top_k, labels), digest) if group.rank == 0 else 0
     return 0 if group.size > 1 else status  # torchrun would take 1 for a failure, and start all processes again
 
 
@@ -202,7 +225,7 @@ def add_to_journal(journal: Path, answers: Iterable[tuple[int, Answer]], update:
             file.close()
 
 
-def finish_table(path: Path, names: Sequence[str], top_k: int, digest: str) -> int:
+def finish_table(path: Path, names: Sequence[str], header: Sequence[str], digest: str) -> int:
     """Write the table from its journals, name what went wrong, delete the journals; returns the exit status."""
     entries = read_journals(path, digest, len(names))
     if missing := [index for index in range(len(names)) if index not in entries]:
@@ -214,7 +237,7 @@ def finish_table(path: Path, names: Sequence[str], top_k: int, digest: str) -> i
     errors = [(name, entry["error"]) for name, entry in ordered if "error" in entry]
     for name, error in errors:
         report_error(name, error)
-    rows = [csv_line(table_header(top_k)), *(entry["row"] for _, entry in ordered if "row" in entry)]
+    rows = [csv_line(header), *(entry["row"] for _, entry in ordered if "row" in entry)]
     write_file(path, "".join(rows).encode("utf-8", NAME_ERRORS))
     for journal in find_journals(path):
         journal.unlink()

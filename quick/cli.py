@@ -30,6 +30,9 @@ LESS_MEMORY = {  # what to do where there is not enough
     "datasets.py": "a lower --memory-share or --limit needs less",
     "device.py": "free some, or try another --device",
 }
+RESERVED = re.compile(
+    r"(con|prn|aux|nul|(com|lpt)[0-9\xb9\xb2\xb3]|conin\$|conout\$)([. ].*)?", re.IGNORECASE
+)  # Windows' names of devices
 
 
 class Notes(logging.Handler):
@@ -117,6 +120,14 @@ def wrong_value(key: Field, value: object) -> str | None:
         if number >= rules.get("below", math.inf):
             return f"{number} is not below {rules['below']}"
     return rules["check"](value) if "check" in rules else None
+
+
+def bad_folder(value: str) -> str | None:
+    """What is wrong with this name for a folder; None when nothing is. It must work on Windows too, without a path."""
+    usable = not set(value) & set('<>:"/\\|?*') and len(value.encode()) <= 200
+    if not value or (usable and value[-1] not in ". " and not RESERVED.fullmatch(value)):
+        return None
+    return f"{value!r:.80} cannot be a folder's name on every system, without a path"
 
 
 class Parser(argparse.ArgumentParser):

@@ -46,7 +46,7 @@ class DataError(Problem):
 
 
 class LimitError(DataError, CallError):
-    """`--limit` or `--val-fraction` leaves too few pictures."""
+    """`--limit`, `--val-fraction` or `--fold` leaves too few pictures."""
 
 
 class CheckpointError(Problem):

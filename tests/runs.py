@@ -17,7 +17,7 @@ SMALL = "--data shapes --limit 200 --image-size 8 --batch-size 10 --epochs 3 --d
 VARIANTS = {
     "plain": "--hardest 0.5 --schedule cosine",
     "held out": "--val-fraction 0.2 --optimizer muon --balance 1",
-    "photographs": "--jitter 0.3 --resized-crop 0.5 --cutout 4 --no-whiten --best f1",
+    "photographs": "--jitter 0.3 --resized-crop 0.5 --rotate 20 --cutout 4 --no-whiten --best f1",
 }
 STILL = ["--lr", "1e-30", "--no-batch-norm"]  # all epochs are equally good
 TIMES = {"epoch_seconds", "images_per_second"}  # what no run repeats

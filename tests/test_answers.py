@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from filelock import FileLock
 
 from quick import answers
 from quick.answers import Answer
-from quick.errors import DataError, printable
+from quick.errors import CheckpointError, DataError, printable
 
 NAMES = [f"{number}.png" for number in range(7)]
 HEADER = "file,class_1,probability_1"
@@ -84,6 +85,29 @@ def test_answers_are_printed_in_three_forms(capsys):
     assert answers.print_answers(two[:1], 2, "json") == 0
     classes = [{"class": "cat", "probability": 0.75}, {"class": "dog", "probability": 0.25}]
     assert json.loads(capsys.readouterr().out) == {"file": "a.png", "classes": classes}
+
+
+def test_labels_say_what_is_unsure_in_three_forms(capsys):
+    tops = [[("cat", 0.9), ("dog", 0.1)], [("cat", 0.8999994), ("dog", 0.1)], None]
+    found = [answers.labelled(Answer(f"{number}.png", top, None), 0.9) for number, top in enumerate(tops)]
+    for form, expected in {
+        "text": ["0.png  cat 90.0%  dog 10.0%", "1.png  unsure: cat 90.0%  dog 10.0%"],
+        "csv": [
+            "file,answer,class_1,probability_1,class_2,probability_2",
+            "0.png,cat,cat,0.900000,dog,0.100000",
+            "1.png,unsure,cat,0.899999,dog,0.100000",
+        ],
+    }.items():
+        answers.print_answers(found, 2, form, labels=True)
+        assert capsys.readouterr().out.splitlines() == expected
+    answers.print_answers(found, 2, "json", labels=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.get("answer") for line in lines] == ["cat", "unsure", None]
+    assert lines[1]["classes"][0] == {"class": "cat", "probability": 0.899999}  # the number decides that is told
+    rounded = torch.tensor(0.9).item()  # 0.89999998: a float32
+    assert answers.labelled(Answer("a.png", [("cat", rounded)], None), 0.9).label == "cat"
+    with pytest.raises(CheckpointError, match="--sure: the network has a class 'Unsure' itself; leave the flag out"):
+        answers.check_unsure(["cat", "Unsure"])
 
 
 def test_cells_steer_no_spreadsheet():

@@ -1,9 +1,10 @@
-"""What the pages say works: every command and snippet of README and the tour, on small data.
+"""What the pages say works: every command and snippet of README, the tour and the recipes, on small data.
 
 Commands run in one folder, page by page, as a reader would type them; where they train, it is on 60 pictures.
 """
 
 import ast
+import importlib.util
 import itertools
 import re
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -22,13 +24,18 @@ import device
 import model
 import predict
 import train
+from quick.checkpoints import FITS
+from quick.data.decoding import read_picture
 from quick.data.shapes import CLASSES, shapes
+from quick.data.sizing import Sizing
 
-PAGES = ["README.md", "docs/tour.md"]
-TWINS = {"README.md": "README.zh.md", "docs/tour.md": "docs/tour.zh.md"}
+RECIPES = "docs/recipes.md"
+PAGES = ["README.md", "docs/tour.md", RECIPES]
+TWINS = {page: page.replace(".md", ".zh.md") for page in PAGES}
 SCRIPTS = {"device.py": device, "datasets.py": datasets, "model.py": model, "train.py": train, "predict.py": predict}
 SMALL = {"train.py": "--limit 60 --epochs 1 --batch-size 20 --device cpu --no-views", "datasets.py": "--limit 60"}
 REPLACED = {"cifar10": "shapes", "data/cifar10": "photos", "data/ants_bees": "photos", "resnet18": "squeezenet1_1"}
+REPLACED["600"] = "0.0001"  # minutes after which a run is to stop
 SMALL_CONFIG = {"configs/photos.toml": "--model squeezenet1_1 --image-size 64"}
 PLACE = re.compile(r"\s*# ([\w/]+\.py), .*?(above|below) `(.+)`\n")  # the first line of code to put somewhere
 
@@ -57,6 +64,7 @@ def snippets(page: str) -> list[str]:
 
 # Trainings that differ from others on the pages by a setting alone, and leave nothing that a later command needs.
 ALIKE = ("--activation ", "--loss mse", "--run-name muon", "--run-name replace", "--epochs 7", "--lr 0.05")
+ALIKE += ("for lr in", "shapes.onnx", "--data dogs --labels labels.csv --image-size", "--evaluate dogs", "--balance 1")
 ALL = [
     pytest.param(command, marks=pytest.mark.expensive) if any(flags in command for flags in ALIKE) else command
     for command in dict.fromkeys(command for page in PAGES for command in commands(page))
@@ -74,6 +82,11 @@ def desk(tmp_path_factory):
         folder = desk / "photos" / ("train" if place % 3 else "test") / CLASSES[label]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{place}.png")
+    (desk / "dogs").mkdir()
+    for file in (desk / "photos").glob("*/*/*.png"):
+        shutil.copy(file, desk / "dogs")
+    rows = [f"{file.stem},{file.parent.name}" for file in (desk / "photos").glob("*/*/*.png")]
+    (desk / "labels.csv").write_text("\n".join(["id,breed", *rows]))
     for name in ("dog.png", "new.jpg"):
         shutil.copy(next((desk / "photos" / "test").glob("*/*.png")), desk / name)
     hub = desk / "torch" / "hub" / "checkpoints"
@@ -93,6 +106,20 @@ def unfinished(desk: Path) -> None:
     (desk / "logs" / "unfinished" / "epoch_002.pt").unlink()
 
 
+def parts(command: str) -> list[str]:
+    """The commands that a line is made of, and those of a loop of the shell."""
+    if loop := re.fullmatch(r"for (\w+) in (.+?); do (.+); done", command):
+        return [loop[3].replace(f"${loop[1]}", value) for value in loop[2].split()]
+    return command.split(" && ")
+
+
+def small(script: str, words: list[str]) -> list[str]:
+    """The arguments of a script, with small data."""
+    words = [REPLACED.get(word, word) for word in words]
+    words += [] if "--resume" in words else SMALL.get(script, "").split()
+    return words + [flag for config in SMALL_CONFIG if config in words for flag in SMALL_CONFIG[config].split()]
+
+
 def run(command: str, desk: Path) -> None:
     """Type a command, on small data."""
     words = shlex.split(command.partition(" > ")[0])
@@ -104,9 +131,7 @@ def run(command: str, desk: Path) -> None:
     if words[0] in ("pip", "tensorboard") or words[1] == "-m" or words[1].startswith("benchmarks/"):
         checked(words, desk)
         return
-    script, words = words[1], [REPLACED.get(word, word) for word in words[2:]]
-    words += [] if "--resume" in words else SMALL.get(script, "").split()
-    words += [flag for config in SMALL_CONFIG if config in words for flag in SMALL_CONFIG[config].split()]
+    script, words = words[1], small(words[1], words[2:])
     if "--resume" in words:
         words = ["2" if before == "--epochs" else word for before, word in itertools.pairwise(["", *words])]
         if command.endswith("--resume"):  # the newest unfinished one
@@ -141,17 +166,73 @@ def checked(words: list[str], desk: Path) -> None:
 def test_every_command(command, desk, capsys):
     if any(name in command for name in CHANGED):
         pytest.skip("of a change: test_the_four_changes runs it")
-    for part in command.split(" && "):
+    if ".onnx" in command:
+        pytest.importorskip("onnxscript")
+    for part in parts(command):
         run(part, desk)
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != RECIPES])
 def test_every_snippet(page, desk, capsys):
     names = {}
     for code in snippets(page):
         if not PLACE.match(code):
             exec(compile(code, page, "exec"), names)
+
+
+def section(code: str) -> str:
+    """The heading above a recipe."""
+    return re.findall("(?m)^## (.+)$", text(RECIPES).partition(code)[0])[-1]
+
+
+@pytest.mark.expensive
+@pytest.mark.parametrize("code", snippets(RECIPES), ids=section)
+def test_every_recipe(code, desk, monkeypatch, capsys):
+    """Each for itself, after the commands; left out where a package that it imports is not installed."""
+    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    for module in (name for node in nodes for name in [getattr(node, "module", None) or node.names[0].name]):
+        if not importlib.util.find_spec(module.partition(".")[0]):
+            pytest.skip(f"needs {module}")
+    monkeypatch.setattr(train, "main", lambda flags, main=train.main: main(small("train.py", flags)))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    names = {}
+    if "gradio" not in code:
+        exec(compile(code, RECIPES, "exec"), names)
+        assert "Traceback" not in capsys.readouterr().err
+        return
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    import gradio
+    from gradio_client import Client, handle_file
+
+    launch = gradio.Interface.launch
+    monkeypatch.setattr(gradio.Interface, "launch", lambda page: launch(page, prevent_thread_lock=True, quiet=True))
+    exec(compile(code, RECIPES, "exec"), names)
+    try:
+        client = Client(names["page"].local_url, verbose=False)
+        answer = client.predict(handle_file("docs/star.png"), api_name="/answer")
+        assert answer["label"] == predict.classify("docs/star.png")[0][0] and len(answer["confidences"]) == 5
+    finally:
+        names["page"].close()
+
+
+def test_an_app_prepares_pictures_as_predict_does(tmp_path):
+    """The recipe for phones gives the same pixels (to one of 255), by each fit, of pictures of any shape."""
+    [code] = [code for code in snippets(RECIPES) if "custom_metadata_map" in code]
+    code = code[code.index("side, fit =") : code.index("images =")]
+    for turn, (width, height) in enumerate([(90, 61), (61, 91), (200, 33), (20, 31), (32, 32)], 1):
+        pixels = np.random.default_rng(turn).integers(0, 256, (height, width, 3), np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = turn  # how the camera was held
+        Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+        for fit in FITS:
+            resize = 40 if fit == "crop" else 32
+            facts = {"image_size": 32, "resize": resize, "fit": fit, "interpolation": "bicubic"}
+            names = {"facts": facts}
+            exec("from PIL import Image, ImageOps\n" + code.replace("docs/star.png", str(tmp_path / "a.png")), names)
+            wanted, _ = read_picture(tmp_path / "a.png", Sizing(32, resize, "bicubic", None, fit))
+            difference = np.abs(np.asarray(names["square"], np.int64) - wanted).max()
+            assert difference <= 1, (fit, width, height)
 
 
 @pytest.mark.parametrize(("page", "twin"), TWINS.items())

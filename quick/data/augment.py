@@ -3,6 +3,7 @@
 To add one, add a setting to `Augment` and some lines to `augment_images`, with draws under a name of your own.
 """
 
+import math
 import zlib
 from dataclasses import dataclass, field, fields, replace
 
@@ -21,10 +22,19 @@ class Augment:
     """How training pictures are changed at random; each is a setting of train.py too."""
 
     flip: bool = setting("augmentation", False, "mirror half of the training pictures")
+    flip_vertical: bool = setting("augmentation", False, "mirror half of the training pictures top to bottom")
     crop: int = setting("augmentation", 0, "shift by up to PIXELS, reflected at the edge", at_least=0, metavar="PIXELS")
     cutout: int = setting("augmentation", 0, "hide a square of PIXELS", at_least=0, metavar="PIXELS")
     jitter: float = setting(
         "augmentation", 0.0, "change brightness, contrast, saturation by up to this share", at_least=0, at_most=1
+    )
+    rotate: float = setting(
+        "augmentation",
+        0.0,
+        "turn by up to DEGREES, either way; what comes in has the mean colour",
+        at_least=0,
+        at_most=180,
+        metavar="DEGREES",
     )
     resized_crop: float = setting(
         "augmentation", 0.0, "enlarge a part of at least this share of the area; 0: none", at_least=0, at_most=1
@@ -82,7 +92,7 @@ def augment_images(images: Tensor, settings: Augment, draws: Draws, fill: Tensor
     """Changed copies of uint8 images `(N, 3, H, W)`: uint8, or float32 in 0..255 where they were interpolated.
 
     `draws` gives uniform numbers in [0, 1) for these images by name; `fill`, uint8 `(1, 3, 1, 1)`, is the colour of
-    what cutout hides.
+    what cutout hides and of what a rotation brings in.
     """
     if settings.resized_crop:
         images = resized_crop(
@@ -93,11 +103,19 @@ def augment_images(images: Tensor, settings: Augment, draws: Draws, fill: Tensor
             row=draws("part_row"),
             column=draws("part_column"),
         )
-    if settings.crop or settings.flip:
-        mirrored = draws.alternating("flip") < 0.5 if settings.flip else None
-        images = random_crop(images, settings.crop, draws("crop_row"), draws("crop_column"), mirrored)
+    if settings.crop or settings.flip or settings.flip_vertical:
+        images = random_crop(
+            images,
+            settings.crop,
+            draws("crop_row"),
+            draws("crop_column"),
+            mirrored=draws.alternating("flip") < 0.5 if settings.flip else None,
+            upside_down=draws.alternating("flip_vertical") < 0.5 if settings.flip_vertical else None,
+        )
     if settings.jitter:
         images = jitter(images, settings.jitter, draws("brightness"), draws("contrast"), draws("saturation"))
+    if settings.rotate:
+        images = rotate(images, settings.rotate * (2 * draws("rotate") - 1), fill)
     if settings.cutout:
         # The square's centre may lie anywhere, so that it can reach over the edge (DeVries and Taylor 2017,
         # arxiv.org/abs/1708.04552).
@@ -107,11 +125,19 @@ def augment_images(images: Tensor, settings: Augment, draws: Draws, fill: Tensor
     return images
 
 
-def random_crop(images: Tensor, pixels: int, row: Tensor, column: Tensor, mirrored: Tensor | None = None) -> Tensor:
+def random_crop(
+    images: Tensor,
+    pixels: int,
+    row: Tensor,
+    column: Tensor,
+    mirrored: Tensor | None = None,
+    upside_down: Tensor | None = None,
+) -> Tensor:
     """Shift images by up to `pixels` up or down and left or right, then mirror some.
 
-    `row` and `column` `(N,)` are draws; `mirrored`, bool `(N,)`, says which to mirror. What moves in is reflected at
-    the edge. One gathering of pixels does all, which is faster than to pad, crop and mirror one after the other.
+    `row` and `column` `(N,)` are draws; `mirrored` and `upside_down`, bool `(N,)`, say of which to exchange left and
+    right, and top and bottom. What moves in is reflected at the edge. One gathering of pixels does all, which is faster
+    than to pad, crop and mirror one after the other.
     """
     count, _, height, width = images.shape
 
@@ -122,6 +148,8 @@ def random_crop(images: Tensor, pixels: int, row: Tensor, column: Tensor, mirror
     rows, columns = sources(row, height), sources(column, width)
     if mirrored is not None:
         columns = torch.where(mirrored.view(-1, 1), columns.flip(1), columns)
+    if upside_down is not None:
+        rows = torch.where(upside_down.view(-1, 1), rows.flip(1), rows)
     rows = rows + height * torch.arange(count, device=rows.device).view(-1, 1)
     pixel_places = (width * rows.view(count, height, 1) + columns.view(count, 1, width)).flatten()
     moved = images.permute(0, 2, 3, 1).reshape(-1, 3).index_select(0, pixel_places)
@@ -146,6 +174,19 @@ def jitter(images: Tensor, strength: float, brightness: Tensor, contrast: Tensor
     middle = grey.mean((2, 3), keepdim=True)
     images = middle + contrast * (grey + saturation * (images - grey) - middle)
     return images.clamp(0, 255)
+
+
+def rotate(images: Tensor, degrees: Tensor, fill: Tensor) -> Tensor:
+    """Turn square images about their middles by `degrees` `(N,)`, counter-clockwise: float32, in 0..255.
+
+    Pixels are interpolated bilinearly; outside of an image is the colour `fill`. The size stays, so corners get lost.
+    """
+    angle = (degrees * (math.pi / 180)).view(-1, 1, 1)
+    place = (2 * torch.arange(images.shape[2], device=images.device) + 1) / images.shape[2] - 1  # from -1 to 1
+    x, y = place.view(1, 1, -1), place.view(1, -1, 1)
+    grid = torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], 3)
+    # Outside is 0: the colour is taken away before, and given back. (Apple GPUs have no other padding in PyTorch 2.10.)
+    return F.grid_sample(images.float() - fill, grid, padding_mode="zeros", align_corners=False) + fill
 
 
 def resized_crop(images: Tensor, least: float, *, area: Tensor, shape: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from quick.data.streaming import free_memory
 from quick.errors import printable
 
 UNBALANCED = 3  # times as many pictures in the largest class as in the smallest, above which that is said
+MOST_LISTED = 20  # of the pictures without a row in the table of labels, and the rows without a picture
 FLAT = 8  # standard deviation of 0..255, below which there is nothing to see on a picture
 
 
@@ -33,6 +34,9 @@ def describe(sets: list[Pictures]) -> str:
     lines.append(f"\nfiles     {found} pixels; the network gets {sets[0].side} x {sets[0].side}")
     bad = {path for pictures in sets for path, _ in pictures.bad}  # a validation set shares training's list and store
     lines.append(f"bad       {len(bad)} files left out")
+    lines += [f"labels    {printable(line)}" for line in sets[0].unmatched[:MOST_LISTED]]
+    if (more := len(sets[0].unmatched) - MOST_LISTED) > 0:
+        lines.append(f"labels    {more:,} more")
     taken = sum({id(pictures.store): pictures.store.nbytes for pictures in sets}.values())
     share = f"{taken / 1e6:,.1f} MB, {taken / (free_memory(sets[0].labels.device) + taken):.1%} of what is free"
     lines.append(f"memory    {share if taken else 'streamed from the files: they do not fit'}")

@@ -81,6 +81,7 @@ def read_files(
         file_sizes=tuple(tuple(decoded.sizes[place].tolist()) for place in extremes),
         levels=files.sizing.levels,
         bad=listing.bad + decoded.bad,
+        unmatched=listing.unmatched,
     )
     if good.any():
         pictures.mean, pictures.std = statistics(counts)
@@ -162,9 +163,9 @@ def check_bad_files(pictures: Pictures, strict: bool) -> None:
     Raises DataError for the first one if `strict`, for a class without a training picture, and for an empty set.
     """
     lines = [f"{path}: {reason}" for path, reason in pictures.bad]
-    if strict and lines:
-        more = f" (and {len(lines) - 1} more bad files)" if len(lines) > 1 else ""
-        raise DataError(f"{lines[0]}{more}")
+    if strict and (found := [*lines, *pictures.unmatched]):
+        more = f" (and {len(found) - 1} more bad files)" if len(found) > 1 else ""
+        raise DataError(f"{found[0]}{more}")
     for line in lines[:20]:
         log.warning(f"left out: {printable(line)}")
     if len(lines) > 20:

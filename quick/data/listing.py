@@ -1,4 +1,4 @@
-"""Which files of a folder are in which split and class: the layouts of folders."""
+"""Which files of a folder are in which split and class: the layouts of folders, and tables of labels."""
 
 import os
 import re
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from quick.cli import log, read_text
-from quick.data.holdout import held_out, names_below
-from quick.data.tree import Folder, Place, in_words, path_of, search, tell_left_out
+from quick.data.holdout import Share, as_flags, held_out, names_below
+from quick.data.labels import label_pictures
+from quick.data.tree import Folder, Place, in_words, path_of, path_to, search, tell_left_out
 from quick.errors import DataError, LimitError, composed, in_short, printable
 
 SPLITS = {  # and the words in the names of their folders
@@ -31,18 +32,26 @@ class Listing(NamedTuple):
     classes: list[str]
     files: list[tuple[str, str]]  # path and class
     bad: list[tuple[str, str]]  # path and reason
+    unmatched: tuple[str, ...] = ()  # pictures that have no row in the table of labels, and rows without a picture
 
 
-def find_files(root: Path, splits: Sequence[str], fraction: float) -> dict[str, Listing]:
+def find_files(root: Path, splits: Sequence[str], share: Share, labels: str | Path = "") -> dict[str, Listing]:
     """The picture files of each split, with their classes; without `splits` of all that the folder has.
 
     The layouts are `<split>/<class>/*` (with `val/` for `test/`), `<split>/<name>_image/*` with
-    `<split>/<name>_label/*.txt`, or `<class>/*` without splits, of which about `fraction` is held out (0: a fifth).
-    With a fraction, `val/` alone is the test set, since training gives the validation set. The split "whole" is all
+    `<split>/<name>_label/*.txt`, or `<class>/*` without splits, of which about `share` is held out (0: a fifth).
+    With a share, `val/` alone is the test set, since training gives the validation set. The split "whole" is all
     that can be tested: `test/`, else `val/`, else all pictures. Says in one line what is left out. Raises DataError.
+
+    With a table of `labels` this says the classes, wherever the pictures are, and no class folders count.
     """
-    tree = search(root)
-    parts = find_parts(tree, root)
+    tree, unmatched = search(root), ()
+    if labels:
+        tree, rest, unmatched = label_pictures(tree, root, labels)
+        parts = find_labelled_parts(tree, root, labels, least=1 if "whole" in splits else 2)
+    else:
+        parts = find_parts(tree, root)
+        rest = left_out(tree, list(parts.values()) or [()])
     if "whole" in splits:
         split = next((split for split in ("test", "val") if split in parts), "whole")
         place = parts.get(split, parts.get("train", ()))
@@ -51,21 +60,21 @@ def find_files(root: Path, splits: Sequence[str], fraction: float) -> dict[str, 
     elif set(parts) <= {"train"}:
         if not set(splits) <= {"train", "test"}:
             raise DataError(f"{root}: it has no folders train/ and test/, only these two splits can be made of it")
-        found = split_files(tree, root, parts.get("train", ()), fraction or 0.2)
+        found = split_files(tree, root, parts.get("train", ()), share or 0.2)
     else:
-        found = split_by_folders(tree, root, parts, splits, fraction)
-    tell_left_out(root, left_out(tree, list(parts.values()) or [()]))
-    return found
+        found = split_by_folders(tree, root, parts, splits, share)
+    tell_left_out(root, rest)
+    return {split: listing._replace(unmatched=unmatched) for split, listing in found.items()}
 
 
 def split_by_folders(
-    tree: Tree, root: Path, parts: dict[str, Place], splits: Sequence[str], fraction: float
+    tree: Tree, root: Path, parts: dict[str, Place], splits: Sequence[str], share: Share
 ) -> dict[str, Listing]:
     """The files of each split's own folder; the training set names the classes. Raises DataError."""
     found, classes, has_both = {}, [], {"val", "test"} <= set(parts)
-    if not splits and has_both and fraction:
+    if not splits and has_both and share:
         held = root.joinpath(*parts["val"])
-        raise LimitError(f"--val-fraction {fraction:g}: {held} is the validation set already; leave the flag out")
+        raise LimitError(f"{as_flags(share)}: {held} is the validation set already; leave this out")
     splits = splits or (tuple(SPLITS) if has_both else ("train", "test"))
     for split in dict.fromkeys(["train", *splits] if "train" in parts else splits):
         source = "val" if split == "test" and "test" not in parts else split
@@ -84,15 +93,15 @@ def split_by_folders(
             raise DataError(f"{part}: class '{name}' is not in {train}, which has: {in_short(classes)}")
         if lacking := sorted(set(classes) - filled):
             log.warning(f"{part}: no pictures of these classes, which are not measured: {in_short(lacking)}")
-        found[split] = Listing(split if fraction else source, classes, files, bad)
+        found[split] = Listing(split if share else source, classes, files, bad)
     return found
 
 
-def split_files(tree: Tree, root: Path, place: Place, fraction: float) -> dict[str, Listing]:
-    """The files of `<class>/*` at this place below the root, with about `fraction` held out; raises DataError."""
+def split_files(tree: Tree, root: Path, place: Place, share: Share) -> dict[str, Listing]:
+    """The files of `<class>/*` at this place below the root, with about `share` held out; raises DataError."""
     part, (files, bad) = root.joinpath(*place), list_files(tree, root, place)
     classes = class_names(part, files)
-    is_out = held_out(names_below(part, [path for path, _ in files]), [name for _, name in files], fraction, root)
+    is_out = held_out(names_below(part, [path for path, _ in files]), [name for _, name in files], share, root)
     train_files, val_files = (
         [file for file, out in zip(files, is_out, strict=True) if out is side] for side in (False, True)
     )
@@ -131,6 +140,27 @@ def find_parts(tree: Tree, root: Path) -> dict[str, Place]:
     return {split: innermost(tree, (name,)) for split, name in sides.items()}
 
 
+def find_labelled_parts(tree: Tree, root: Path, labels: str | Path, least: int) -> dict[str, Place]:
+    """Where train, val and test are, of a tree of the pictures that have labels in a table; empty without such folders.
+
+    Raises DataError for less than the `least` number of classes, and where some pictures alone are in splits.
+    """
+    places = [place for place, folder in tree.items() if folder.pictures]
+    names = {name for place in places for name in tree[place].classes.values()}
+    if len(names) < least:
+        raise DataError(f"{labels}: one class alone, '{min(names)}'; a classifier needs at least {least}")
+    parts = find_parts({place: folder for place, folder in tree.items() if place and split_of(place[0])[0]}, root)
+    within = [next((split for split in parts if place[: len(parts[split])] == parts[split]), "") for place in places]
+    if parts and "" in within:
+        place, split = places[within.index("")], next(iter(parts.values()))
+        other = path_to(root, place, tree[place].pictures[0])
+        what = f"{root.joinpath(*split)} looks like a split, and {other} is beside it; move or rename one of them"
+        raise DataError(f"{labels}: it labels pictures in splits and outside: {what}")
+    if parts and "train" not in parts and least > 1:
+        raise DataError(f"{labels}: it labels pictures of {' and '.join(parts)}, none in a folder train/ to train on")
+    return parts
+
+
 def split_of(name: str) -> tuple[str, tuple[str, ...]]:
     """The split that a folder's name tells, empty if it tells none, and what else is in the name."""
     words = re.findall(r"[^\W\d_]+", composed(name).casefold())
@@ -155,8 +185,12 @@ def list_files(tree: Tree, root: Path, part: Place) -> tuple[list[tuple[str, str
     """The picture files below a part of the root, each with its class; and what is wrong there, each with its reason.
 
     A class has one name, in whichever form of Unicode its folders are written. Raises DataError for one without
-    pictures.
+    pictures. Where a table tells the classes, their folders do not count.
     """
+    tables = [(place, folder.classes) for place, folder in tree.items() if folder.classes is not None]
+    if tables:
+        below = [(place, of) for place, of in tables if place[: len(part)] == part]
+        return [(path_to(root, place, name), label) for place, of in below for name, label in of.items()], []
     files, bad, classes = [], [], defaultdict(list)
     for place, folder in tree.items():
         if len(place) > len(part) and place[: len(part)] == part and not is_label_place(tree, place, len(part)):
@@ -223,7 +257,8 @@ def class_names(part: Path, files: list[tuple[str, str]], least: int = 2) -> lis
         folders = {str(Path(path).parent) for path, _ in files}
         inner = f"; if the classes are in {os.path.commonpath(folders)}, give that folder" if len(folders) > 1 else ""
         needed = "a classifier needs at least 2" if least > 1 else "sort its pictures into folders of their classes"
-        raise DataError(f"{part}: {found}; {needed}{inner}")
+        table = "" if classes else ", or a table of them with --labels FILE"
+        raise DataError(f"{part}: {found}; {needed}{table}{inner}")
     return classes
 
 

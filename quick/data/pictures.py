@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quick.data.augment import Augment, Draws, augment_images, augments
 from quick.data.batching import batch_slices, shard
-from quick.data.holdout import held_out, names_below
+from quick.data.holdout import Share, as_flags, bounds, held_out, names_below
 from quick.data.stores import Enlarged, InMemory, Streamed
 from quick.errors import LimitError
 from quick.processes import ALONE, Group
@@ -46,6 +46,7 @@ class Pictures:
     file_sizes: tuple[tuple[int, int], ...] = ((32, 32),)  # smallest and largest (width, height)
     levels: tuple[float, float] | None = None  # of pixels wider than 8 bits: what became 0 and 255
     bad: list[tuple[str, str]] = field(default_factory=list)  # files that were left out, and why
+    unmatched: tuple[str, ...] = ()  # pictures without a row in the table of labels, and rows without a picture
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,7 +120,7 @@ class Pictures:
 
         # Several small batches are made ready in one go. But interpolation rounds differently in larger batches, by a
         # hair, and what comes out must not depend on how many are made ready.
-        interpolates = augment is not None and (augment.jitter or augment.resized_crop)
+        interpolates = augment is not None and (augment.jitter or augment.resized_crop or augment.rotate)
         ahead = 0 if interpolates else self.store.ahead // self.side**2
         at_once = max(1, ahead // max([1, *sizes]))
         chunks = [sizes[first : first + at_once] for first in range(0, len(sizes), at_once)]
@@ -174,8 +175,8 @@ class Pictures:
         rows = on_device if self.rows is None else self.rows[on_device]
         return replace(self, labels=self.labels[on_device], rows=rows, paths=paths)
 
-    def hold_out(self, fraction: float, seed: int, root: str | Path = "") -> list["Pictures"]:
-        """Two sets: what remains for training, and `fraction` of every class for validation.
+    def hold_out(self, share: Share, seed: int, root: str | Path = "") -> list["Pictures"]:
+        """Two sets: what remains for training, and for validation a `share` of every class: a fraction, or a Fold.
 
         Files are chosen by their names below `root`, as `quick.data.holdout` says; other pictures are drawn from the
         seed. Raises LimitError where one of the sets would have fewer than two pictures.
@@ -184,16 +185,16 @@ class Pictures:
         if self.paths is not None:
             classes = [self.classes[label] for label in labels.tolist()]
             names = names_below(root, map(os.fsdecode, self.paths.tolist()))
-            is_out = torch.tensor(held_out(names, classes, fraction, root))
+            is_out = torch.tensor(held_out(names, classes, share, root))
         else:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-            is_out = torch.zeros(len(self), dtype=torch.bool)
+            is_out, (start, end) = torch.zeros(len(self), dtype=torch.bool), bounds(share)
             for label in range(len(self.classes)):
                 of_class = order[labels[order] == label]
-                is_out[of_class[: round(fraction * len(of_class))]] = True
+                is_out[of_class[round(start * len(of_class)) : round(end * len(of_class))]] = True
         if min(is_out.sum(), (~is_out).sum()) < 2:
-            what = f"--val-fraction {fraction} of {len(self)} pictures leaves too few on one side"
-            raise LimitError(f"{what}; take another fraction, or more pictures")
+            what = f"{as_flags(share)} of {len(self)} pictures leaves too few on one side"
+            raise LimitError(f"{what}; hold out another share, or take more pictures")
         rest, val = (self.take(part.nonzero().squeeze(1)) for part in (~is_out, is_out))
         return [rest, replace(val, split="val")]
 

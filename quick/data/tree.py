@@ -26,6 +26,7 @@ class Folder(NamedTuple):
     pictures: list[str]  # names of files, sorted
     left_out: Counter[str]  # what else is there, in words, and how often
     is_ours: bool  # TensorBoard's events are in it, as in the folders that our scripts write
+    classes: dict[str, str] | None = None  # of the pictures, by their names, where a table of labels tells them
 
 
 def search(root: Path) -> dict[Place, Folder]:
@@ -178,6 +179,11 @@ def words_for(entry: os.DirEntry) -> list[str]:
 def path_of(root: Path, place: Place) -> str:
     """The path of a folder below the root, as `root.joinpath(*place)` but ten times as fast."""
     return f"{start_of(root)}{os.sep.join(place)}" if place else str(root)  # noqa: PTH118
+
+
+def path_to(root: Path, place: Place, name: str) -> str:
+    """The path of a file of this name in a folder below the root."""
+    return f"{start_of(root)}{os.sep.join((*place, name))}"  # noqa: PTH118 - a Path would take longer to make
 
 
 def start_of(root: Path) -> str:

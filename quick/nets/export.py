@@ -51,6 +51,7 @@ def export(network: nn.Module, checkpoint: dict, source: str | Path, path: Path)
     CheckpointError where that fails, OSError where `path` cannot be written.
     """
     exported = Exported(network, checkpoint["mean"], checkpoint["std"]).eval()
+    exported.to(memory_format=torch.contiguous_format)  # ExecuTorch takes no weights that lie as channels_last
     side = checkpoint["image_size"]
     names = ("classes", "image_size", "resize", "interpolation", "fit", "levels")
     facts = json.dumps({name: checkpoint[name] for name in names})

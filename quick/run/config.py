@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from quick.cli import Parser, add_flags, expanded, flag, read_text, wrong_value
+from quick.data.holdout import share_of
 from quick.data.pictures import Pictures
 from quick.errors import ConfigError, suggestion
 from quick.processes import Group
@@ -18,7 +19,7 @@ from quick.run.settings import SETTINGS, Config
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "cifar_quick.toml"
 NAMES = tuple(key.name for key in SETTINGS)
-PATHS = ("data", "data_dir", "weights", "log_dir")  # settings that name files
+PATHS = ("data", "labels", "data_dir", "weights", "log_dir")  # settings that name files
 
 
 def parse_config(
@@ -81,6 +82,7 @@ def check_together(config: Config, group: Group, own_networks: Collection[str]) 
         raise ConfigError(error + (f" in {config.accumulate} pieces (--accumulate)" if config.accumulate > 1 else ""))
     if bool(config.mean) != bool(config.std):
         raise ConfigError("--mean and --std: give both or neither")
+    share_of(config.val_fraction, config.fold, config.folds)
     if config.nesterov and not config.momentum:
         raise ConfigError("--nesterov needs --momentum above 0; add --no-nesterov")
     if config.model in own_networks and config.head == "append" and config.weights == "none":

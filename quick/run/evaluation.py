@@ -92,6 +92,18 @@ def scores_by_class(
     return {name: dict(zip(found, row, strict=True)) for name, row in zip(classes, rows, strict=True)}, means
 
 
+def sure_scores(logits: Tensor, labels: Tensor, loss: str, sure: float) -> dict[str, float | None]:
+    """The share of pictures whose first class has at least the probability `sure`, and the accuracy of these.
+
+    Takes logits `(N, classes)` and int64 labels `(N,)`; the accuracy is None if there are none.
+    """
+    shares, guesses = losses.probabilities(logits.cpu(), loss).max(1)
+    is_sure = torch.tensor([round(share, 6) >= sure for share in shares.tolist()])  # as answers are told
+    right = (guesses == labels.cpu())[is_sure].double()
+    accuracy = right.mean().item() if len(right) else None
+    return {"at_least": sure, "share": len(right) / len(labels), "accuracy": accuracy}
+
+
 def print_evaluation(result: dict, classes: list[str], metrics: Iterable[str]) -> None:
     """Print the scores, then a line for each class: recall, precision, F1, and what its pictures were taken for.
 
@@ -101,7 +113,11 @@ def print_evaluation(result: dict, classes: list[str], metrics: Iterable[str]) -
     scores = [f"loss {result['loss']:.4f}"]
     scores += [f"{label} {result[name]:.2%}" for name, label in SHARES.items()]
     scores += [f"{name} {result[name]:.4f}" for name in metrics if name not in SHARES]
-    print("  ".join([*scores, f"{result['pictures']:,} test pictures\n"]))
+    print("  ".join([*scores, f"{result['pictures']:,} pictures"]))
+    if sure := result.get("sure"):
+        right = "" if sure["accuracy"] is None else f", {sure['accuracy']:.1%} of them right"
+        print(f"sure, {sure['at_least']:.6g} or more: {sure['share']:.1%} of the pictures{right}")
+    print()
     width = max(map(len, [*classes, "class", "mean"]))
     cell = max(5, len(str(max(map(max, result["confusion"])))) + 1)
     digits = max(2, len(str(len(classes) - 1)))

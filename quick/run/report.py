@@ -13,13 +13,15 @@ from quick.run.folder import RunFolder
 from quick.run.settings import Config
 from quick.run.state import TrainState
 
+FEW = 50  # held-out pictures: below that, one more or less moves the accuracy by over 2 points
+
 
 def print_start(
     config: Config, sets: Sequence[Pictures], network: nn.Module, device: torch.device, group: Group
 ) -> None:
     """In one line: the pictures, the network and its weights, the device and how many processes.
 
-    In another one, where some classes have many more pictures than others.
+    In others, where few pictures are held out, or some classes have many more pictures than others.
     """
     sizes = ", ".join(f"{len(pictures):,} {pictures.split}" for pictures in sets)
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -31,6 +33,9 @@ def print_start(
         what += f", from {config.weights}"
     where = f"{group.size} processes, this one on {device}" if group.size > 1 else device
     log.info(f"{config.data}: {sizes} pictures; {what}; {where}")
+    if (held_out := len(sets[1])) < FEW and not config.limit:
+        what = f"only {held_out} {sets[1].split} pictures: one more or less moves the accuracy by {1 / held_out:.0%}"
+        log.info(f"{what} (docs/recipes.md, Cross-validation, uses all in turn)")
     if line := unbalanced(sets):
         hint = "--balance 1 lets all classes count the same"
         if config.balance:

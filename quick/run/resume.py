@@ -23,6 +23,7 @@ from quick.run.manifest import PICTURES, Manifest, make_manifest, other_pictures
 from quick.run.settings import Config
 from quick.run.state import TrainState, run_steps
 
+MOVABLE = ("data", "labels")  # by other names after they moved; the digests tell whether they are the same
 KEYS = {key.name: key for key in fields(Config)}
 
 
@@ -185,7 +186,7 @@ def reopen(
     if config.fit == "auto":  # of an earlier version
         config = replace(config, fit="crop")
     check_changes(config, given, folder, start.checkpoint)
-    changes = {name: value for name, value in given.items() if KEYS[name].metadata["resumable"] or name == "data"}
+    changes = {name: value for name, value in given.items() if KEYS[name].metadata["resumable"] or name in MOVABLE}
     start.config = replace(config, **changes | {"log_dir": str(folder.parent), "run_name": ""})
     if start.config.data not in BUILT_IN and not Path(start.config.data).is_dir():
         raise DataError(f"{folder}: there is no {start.config.data}; --data FOLDER names where its pictures are now")
@@ -228,6 +229,7 @@ def check_changes(config: Config, given: dict, folder: Path, checkpoint: dict | 
         key, had = KEYS[name], getattr(config, name)
         same = value == had or (key.metadata["auto"] and value == key.default)
         same |= (name == "run_name" and value == folder.name) or (name == "data" and value not in BUILT_IN)
+        same |= name == "labels" and bool(value) == bool(had)  # both may have moved: the digests tell what they say
         if not same and not key.metadata["resumable"]:
             raise ConfigError(f"{flag(name)}: the run has {had!r}, which cannot change any more; {new_run(folder)}")
     epochs, done = given.get("epochs", config.epochs), checkpoint["epoch"] if checkpoint else 0

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, fields
 
 from quick.checkpoints import FITS, INTERPOLATIONS, LOSSES, TTA
-from quick.cli import setting
+from quick.cli import bad_folder, setting
 from quick.data.augment import Augment
 from quick.nets.activations import ACTIVATIONS
 from quick.nets.pretrained import STEMS
@@ -12,9 +12,6 @@ from quick.run.optimizers import OPTIMIZERS
 
 BEST = ("accuracy", "f1", "loss")
 GROUPS = ("data", "augmentation", "network", "recipe", "machine", "run")  # headings of --help, in this order
-RESERVED = re.compile(
-    r"(con|prn|aux|nul|(com|lpt)[0-9\xb9\xb2\xb3]|conin\$|conout\$)([. ].*)?", re.IGNORECASE
-)  # Windows
 
 
 def bad_freeze(value: str) -> str | None:
@@ -22,14 +19,6 @@ def bad_freeze(value: str) -> str | None:
     if value == "all" or re.fullmatch("0|[1-9][0-9]*", value, re.ASCII):
         return None
     return f"{value!r} is neither a number of stages nor all"
-
-
-def bad_folder(value: str) -> str | None:
-    """What is wrong with this name for a folder; None when nothing is. It must work on Windows too, without a path."""
-    usable = not set(value) & set('<>:"/\\|?*') and len(value.encode()) <= 200
-    if not value or (usable and value[-1] not in ". " and not RESERVED.fullmatch(value)):
-        return None
-    return f"{value!r:.80} cannot be a folder's name on every system, without a path"
 
 
 def bad_levels(value: tuple) -> str | None:
@@ -42,6 +31,12 @@ class Config(Augment):
     """Every setting of a run; those of Augment belong to it too."""
 
     data: str = setting("data", "cifar10", "cifar10, shapes, or a folder of pictures")
+    labels: str = setting(
+        "data",
+        "",
+        "a table (CSV: file,label) that says the classes of the pictures in the folder of --data, wherever they are",
+        metavar="FILE",
+    )
     data_dir: str = setting("data", "data", "where downloads live", resumable=True)
     data_url: str = setting("data", "", "download CIFAR-10 from here, not from its known mirrors", resumable=True)
     strict: bool = setting("data", False, "stop at bad files instead of leaving them out")
@@ -80,6 +75,12 @@ class Config(Augment):
     )
     val_fraction: float = setting(
         "data", 0.0, "hold this share of training out, choose the best epoch on it, test once", at_least=0, below=1
+    )
+    fold: int = setting(
+        "data", 0, "hold this one of --folds out, from 1 on, in place of a fraction", at_least=0, metavar="K"
+    )
+    folds: int = setting(
+        "data", 0, "parts that are held out in turn, one in each of so many runs", at_least=0, metavar="N"
     )
     mean: tuple = setting(
         "data",

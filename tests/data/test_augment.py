@@ -68,7 +68,13 @@ def test_only_what_is_asked_for_is_drawn():
 
 def test_settings_that_change_nothing_are_known():
     assert not augments(Augment()) and not augments(Config(epochs=3, batch_size=8))
-    for settings in (Augment(flip=True), Augment(resized_crop=0.5), Config(crop=2), Config(jitter=0.1)):
+    for settings in (
+        Augment(flip=True),
+        Augment(resized_crop=0.5),
+        Config(crop=2),
+        Config(jitter=0.1),
+        Augment(rotate=5),
+    ):
         assert augments(settings)
 
 
@@ -79,6 +85,16 @@ def test_flip_mirrors_the_pictures_that_are_drawn():
     images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
     result = changed(Augment(flip=True), images, flip=torch.tensor([0.4, 0.6]))
     assert torch.equal(result[0], images[0].flip(2)) and torch.equal(result[1], images[1])
+
+
+def test_flip_vertical_mirrors_the_other_way_by_draws_of_its_own():
+    images = torch.arange(4 * 3 * 4 * 4, dtype=torch.uint8).view(4, 3, 4, 4)
+    draws = {"flip": torch.tensor([0.4, 0.6, 0.4, 0.6]), "flip_vertical": torch.tensor([0.4, 0.4, 0.6, 0.6])}
+    result = changed(Augment(flip_vertical=True), images, **draws)
+    assert torch.equal(result, torch.cat([images[:2].flip(2), images[2:]]))
+    both = changed(Augment(flip=True, flip_vertical=True), images, **draws)
+    expected = [images[0].flip(1, 2), images[1].flip(1), images[2].flip(2), images[3]]
+    assert torch.equal(both, torch.stack(expected)) and both.dtype == torch.uint8
 
 
 @pytest.mark.parametrize(("row", "column"), [(0.0, 0.0), (0.99, 0.0), (0.5, 0.99)])
@@ -122,6 +138,33 @@ def test_jitter_multiplies_brightness_contrast_and_saturation():
     assert greys[0] == pytest.approx(greys[1].item(), abs=0.01)
     deviations = [jittered(saturation=draw).std(1).mean() for draw in (0.0, 0.5, 1.0)]
     assert deviations == sorted(deviations) and jittered(brightness=1.0, saturation=1.0).max() <= 255
+
+
+@pytest.mark.parametrize("side", [20, 21])
+def test_rotate_gives_torchvisions_pixels(side):
+    """Where the original ends between two pixels, torchvision's own `fill` mixes it in twice, ours once."""
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    bilinear = functional.InterpolationMode.BILINEAR
+    images, draws = torch.randint(0, 256, (12, 3, side, side), dtype=torch.uint8), draws_of(12)
+    turned = augment_images(images, Augment(rotate=120), draws, FILL)
+    angles = 120 * (2 * draws("rotate") - 1)
+    assert angles.min() < -60 and angles.max() > 60 and turned.dtype == torch.float32
+    for image, result, angle in zip(images, turned, angles.tolist(), strict=True):
+        expected = functional.rotate(image.float() - 77, angle, bilinear) + 77
+        assert torch.allclose(result, expected, atol=0.01)
+        seen = functional.rotate(torch.ones_like(image).float(), angle, bilinear)
+        ends = (seen > 0) & (seen < 1 - 1e-5)
+        filled = functional.rotate(image.float(), angle, bilinear, fill=[77.0] * 3)
+        assert torch.allclose(result[~ends], filled[~ends], atol=0.01) and ends.float().mean() < 0.3
+
+
+def test_rotate_turns_by_the_draw_and_fills_the_corners():
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    result = changed(Augment(rotate=90), images, rotate=torch.tensor([0.0, 0.5, 1.0]))
+    expected = torch.stack([images[0].rot90(-1, (1, 2)), images[1], images[2].rot90(1, (1, 2))])
+    assert torch.allclose(result, expected.float(), atol=0.01)
+    corner = changed(Augment(rotate=90), images, rotate=0.75)[:, :, 0, 0]
+    assert torch.allclose(corner, torch.tensor(77.0), atol=1e-4)
 
 
 def test_resized_crop_enlarges_a_part():

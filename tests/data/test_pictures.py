@@ -82,8 +82,9 @@ def test_skipped_batches_leave_the_others_as_they_are(train_set):
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
-def test_shards_are_parts_of_the_batch_of_a_process_alone(train_set, pieces):
-    options = {"shuffle": True, "augment": Augment(flip=True, crop=2, cutout=8), "epoch": 2}
+@pytest.mark.parametrize("change", [{"crop": 2, "cutout": 8}, {"rotate": 30, "flip_vertical": True}])
+def test_shards_are_parts_of_the_batch_of_a_process_alone(train_set, pieces, change):
+    options = {"shuffle": True, "augment": Augment(flip=True, **change), "epoch": 2}
     alone = train_set.batches(50, **options, pieces=pieces)
     shards = [train_set.batches(50, **options, pieces=pieces, group=Group(rank=rank, size=3)) for rank in range(3)]
     for batch, *parts in zip(alone, *shards, strict=True):
@@ -144,7 +145,7 @@ def test_mirrored_pictures_take_turns(train_set):
 
 
 def test_batches_are_the_same_however_many_are_made_ready_at_once(monkeypatch):
-    pictures, augment = shapes("train", 205), Augment(flip=True, crop=2, cutout=8, jitter=0.3)
+    pictures, augment = shapes("train", 205), Augment(flip=True, crop=2, cutout=8, jitter=0.3, rotate=20)
     found = []
     for ahead in (0, 100, 1000):
         monkeypatch.setattr(InMemory, "ahead", ahead * 32**2)

@@ -19,7 +19,8 @@ from quick.nets.export import cannot_write, export
 def source(tmp_path) -> Path:
     """A checkpoint of an untrained network."""
     torch.manual_seed(0)
-    save(tmp_path / "a.pt", a_checkpoint(model.CifarQuick(classes=3), classes=3))
+    network = model.CifarQuick(classes=3).to(memory_format=torch.channels_last)  # as it trains
+    save(tmp_path / "a.pt", a_checkpoint(network, classes=3))
     return tmp_path / "a.pt"
 
 
@@ -40,6 +41,7 @@ def test_export_takes_any_batch_of_plain_pictures(source, capsys):
     program = torch.export.load(path, extra_files=facts)
     assert torch.allclose(program.module()(images), logits, atol=1e-4)
     assert torch.allclose(program.module()(images[:1]), logits[:1], atol=1e-4)
+    assert all(value.is_contiguous() for value in program.state_dict.values())  # ExecuTorch takes no others
     facts = json.loads(facts["facts"])
     assert facts["classes"] == ["class 0", "class 1", "class 2"]
     assert (facts["image_size"], facts["resize"], facts["interpolation"], facts["fit"]) == (32, 32, "bilinear", "crop")

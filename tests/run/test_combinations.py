@@ -62,6 +62,7 @@ TOGETHER = {  # by setting, or by what several settings are about
     "augmentation": [
         {},
         {"flip": True, "crop": 2},
+        {"flip_vertical": True, "rotate": 30.0},
         {"resized_crop": 0.5, "jitter": 0.3, "cutout": 3},
     ],
     "batch_size": [4, 7, 64],
@@ -74,8 +75,9 @@ TOGETHER = {  # by setting, or by what several settings are about
     "clip_grad": [0.0, 0.5],
     "tta": ["none", "mirror", "shift"],
     "whiten": [False, True],
-    "val_fraction": [0.0, 0.3],
+    "held out": [{}, {"val_fraction": 0.3}, {"fold": 2, "folds": 4}],
     "shuffle": [True, False],
+    "labels": ["", "labels.csv"],
     "views": [{"views": False}, {"views": True, "histograms": True, "embedding": True}],
 }
 
@@ -89,7 +91,7 @@ IN_GROUPS = {
     ],
     "batch_size": [6, 7],  # with which a process has a picture for each piece, or the last batch has too few
     **{name: TOGETHER[name] for name in ("weights", "head", "freeze", "optimizer", "accumulate", "sync_bn", "hardest")},
-    **{name: TOGETHER[name] for name in ("memory", "precision", "clip_grad", "val_fraction", "balance")},
+    **{name: TOGETHER[name] for name in ("memory", "precision", "clip_grad", "held out", "balance")},
     "augmentation": [{}, {"flip": True, "jitter": 0.3}],
     "tta": ["none", "mirror"],
     "lr": [0.02],  # with the rate that fits it, GoogLeNet does not learn from so few pictures
@@ -192,6 +194,9 @@ def few_colours(tmp_path_factory) -> Path:
             (root / split / name).mkdir(parents=True)
             for number in range(count):
                 noisy(colour, number, (14, 12)).save(root / split / name / f"{number}.png")
+    names = [path.relative_to(root).as_posix() for path in root.glob("*/*/*.png")]
+    rows = ["file,label", *(f"{name},{name.split('/')[1]}" for name in names)]
+    (root / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
     return root
 
 

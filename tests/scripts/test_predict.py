@@ -205,7 +205,7 @@ def table(ask, tmp_path, monkeypatch):
 
     monkeypatch.setattr(predict, "classify_files", stopped)
     status, _, errors = ask(tmp_path, "--csv", tmp_path / "out.csv")
-    assert status == 130 and "interrupted; with --csv FILE, the same command goes on from here" in errors
+    assert status == 130 and "interrupted; with --csv FILE or --into, the same command goes on from here" in errors
     assert not (tmp_path / "out.csv").exists()
     monkeypatch.setattr(predict, "classify_files", counted)
 
@@ -227,12 +227,13 @@ def test_a_stopped_table_goes_on(ask, table, tmp_path):
     assert [row[1] for row in csv.reader(lines[1:])] == [list(COLOURS)[number % 3] for number in (0, 1, 2, 3, 4, 6)]
 
 
-@pytest.mark.parametrize("what", ["top-k", "tta", "checkpoint", "pictures"])
+@pytest.mark.parametrize("what", ["top-k", "tta", "checkpoint", "sure", "pictures"])
 def test_answers_of_another_table_are_not_used(what, table, tmp_path, colour_run):
     save(tmp_path / "other.pt", read(colour_run / "best.pt") | {"epoch": 99})
     if what == "pictures":
         noisy(COLOURS["red"], 8).save(tmp_path / "0b.png")
     more = {"top-k": ["--top-k", 1], "tta": ["--tta", "shift"], "checkpoint": ["--checkpoint", tmp_path / "other.pt"]}
+    more["sure"] = ["--sure", "0.9"]
     seen, errors, lines = table(*more.get(what, ()))
     assert len(seen) == 7 + (what == "pictures") and "of another table, done anew" in errors
     assert len(lines) == len(seen)
@@ -350,6 +351,47 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_answered(ask, pictures):
     assert reasons[2].startswith("cut.png: ") and len(reasons) == 3
 
 
+def test_pictures_are_sorted_into_a_folder_among_them_which_is_not_asked_about(ask, pictures, monkeypatch):
+    monkeypatch.chdir(pictures.parent)
+    folder = pictures / "sorted"
+    copies = ["green/b.JPG", "red/a.png", "unsure/c.webp"]
+    of_all = predict.classify_files
+
+    def doubting(*inputs, **more):
+        for found in of_all(*inputs, **more):
+            yield found._replace(top=[("blue", 0.5)]) if found.name.endswith("c.webp") else found
+
+    monkeypatch.setattr(predict, "classify_files", doubting)
+    for asked in (
+        [pictures],
+        [pictures],
+        pictures.iterdir(),
+        [f"{pictures.name}/*"],
+        [pictures.resolve() / "inside/.."],
+    ):
+        status, lines, errors = ask(*asked, "--into", folder, "--sure", 0.51)
+        found = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+        assert (status, sorted(found)) == (0, copies) and "Traceback" not in errors
+        assert "3 copied" in lines[0] or "3 there already" in lines[0]
+    assert (folder / "red" / "a.png").read_bytes() == (pictures / "a.png").read_bytes()
+    status, lines, _ = ask(folder / "unsure", "--into", folder)  # now without a doubt
+    assert status == 0 and lines[0] == "blue 1; 1 copied" and (folder / "blue" / "c.webp").exists()
+
+
+def test_several_processes_do_not_sort(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert predict.cli(["a.png", "--into", "x"]) == 2
+    assert "--into x: one process alone copies; start it without torchrun" in capsys.readouterr().err
+
+
+def test_an_unsure_class_goes_not_with_sure(ask, pictures, colour_run, tmp_path):
+    checkpoint = read(colour_run / "best.pt") | {"classes": ["a", "unsure", "../b"]}
+    save(tmp_path / "strange.pt", checkpoint)
+    for more, message in ((("--sure", 0.5), "a class 'unsure' itself"), (("--into", "x"), "class '../b' cannot be a")):
+        status, lines, errors = ask(pictures / "a.png", "--checkpoint", tmp_path / "strange.pt", *more)
+        assert (status, lines) == (1, []) and message in errors and errors.count("\n") == 1
+
+
 def test_an_empty_folder_is_named(ask, tmp_path):
     status, lines, errors = ask(tmp_path)
     assert (status, lines) == (1, []) and errors == f"predict.py: {tmp_path}: no pictures in this folder\n"
@@ -374,6 +416,24 @@ def test_an_empty_folder_is_named(ask, tmp_path):
             ["a.png", "--csv", "nowhere/a.csv"],
             "--csv nowhere/a.csv: that is a folder, or in a folder that is not there",
         ),
+        *(
+            (["a.png", "--sure", value], "must be a probability from 0 to 1, such as 0.8")
+            for value in ("80", "-0.1", "nan", "inf")
+        ),
+        (["a.png", "--sure", "80%"], "--sure: invalid float value: '80%'"),
+        (["a.png", "--into", ""], "a name is empty"),
+        (["--evaluate", "shapes", "--into", "x"], "--into x: an evaluation copies nothing"),
+        (["-", "--into", "x"], "--into x: standard input has no name that a copy could get"),
+        (
+            ["a.png", "--into", "x", "--json"],
+            f"--into x: what it says goes into {Path('x/sorted.csv')}; leave --json out",
+        ),
+        (["a.png", "--into", "x", "--csv"], "leave --csv out"),
+        (["--into", "x", "--csv", "a.png"], "leave --csv out"),
+        (["a.png", "--into", "x", "--show"], f"--into x: leave --show out; {Path('x/CLASS')} can be asked"),
+        (["a.png", "--into", "x", "--top-k", "1"], "--into x: pictures go by the most probable class alone"),
+        (["a.png", "--into", __file__], f"--into {__file__}: that is no folder"),
+        ([str(ROOT), "--into", f"{ROOT}/quick/.."], "that is the folder asked about itself; give another, such as"),
         (["a.png", "--checkpiont", "x"], "unknown flag --checkpiont; did you mean --checkpoint?"),
         (["a.png", "--device", "cuda:99"], "no device 'cuda:99' here"),
     ],
@@ -591,6 +651,18 @@ def test_evaluation_prints_a_table(ask, colour_folder):
     assert lines[2].split()[:4] == ["class", "recall", "precision", "F1"]
 
 
+def test_evaluation_tells_how_many_are_sure_and_right(ask, colour_folder):
+    plain = json.loads(ask("--evaluate", colour_folder, "--json")[1][0])
+    everything = json.loads(ask("--evaluate", colour_folder, "--json", "--sure", 0)[1][0])
+    assert everything.pop("sure") == {"at_least": 0, "share": 1, "accuracy": plain["accuracy"]} and everything == plain
+    lines = ask("--evaluate", colour_folder, "--sure", 0.5)[1]
+    assert lines[1:3] == ["sure, 0.5 or more: 100.0% of the pictures, 100.0% of them right", ""]
+    logits = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.9, 0.1]]).log()
+    scores = evaluation.sure_scores(logits, torch.tensor([0, 1, 1, 1]), "cross_entropy", 0.8)
+    assert scores == {"at_least": 0.8, "share": 0.75, "accuracy": 2 / 3}
+    assert evaluation.sure_scores(logits, torch.zeros(4).long(), "cross_entropy", 1.0)["accuracy"] is None
+
+
 def test_classes_are_matched_by_name(ask, tmp_path):
     for name in ("green", "red"):  # other places than in the checkpoint
         (tmp_path / "test" / name).mkdir(parents=True)
@@ -623,6 +695,11 @@ def test_a_folder_is_evaluated_whole_unless_the_network_was_trained_on_it(ask, c
     (tmp_path / "link").symlink_to(colour_folder / "train")
     assert looked_at(tmp_path / "link", tmp_path / "unsplit.pt") == (count, words)
     assert looked_at(colour_folder / "test", tmp_path / "unsplit.pt")[0] == 18
+    folds = []
+    for fold in (1, 2, 3):
+        save(tmp_path / "fold.pt", checkpoint | {"config": unsplit | {"fold": fold, "folds": 3}})
+        folds.append(looked_at(colour_folder / "train", tmp_path / "fold.pt")[0])
+    assert sum(folds) == 60 and min(folds) > 5
     near = tmp_path / "logs" / "a" / "best.pt"  # of a training that was started in another folder
     near.parent.mkdir(parents=True)
     (tmp_path / "a").symlink_to(colour_folder / "train")

@@ -137,6 +137,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, argv: list[str] | None = None, namespace: object = None) -> argparse.Namespace:
+        log.setLevel(logging.INFO)  # a notebook calls main() alone, maybe after a quiet one
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]

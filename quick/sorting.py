@@ -62,7 +62,7 @@ def sort_pictures(folder: Path, answers: Iterable[Answer], count: int, classes: 
 
 def check_classes(classes: Sequence[str]) -> None:
     """Raise CheckpointError if these cannot all be folders beside the table: a stranger's file may say anything."""
-    taken = {TABLE: f"the table is {TABLE}"}
+    taken = dict.fromkeys((TABLE, f"{TABLE}.lock"), f"the table is {TABLE}")
     for name in classes:
         key = composed(composed(name).casefold())  # as systems compare that know no capital letters
         if not name or name[0] == "." or bad_folder(name):
@@ -162,13 +162,13 @@ def give_name(aside: Path, path: Path) -> None:
 
 def read_table(path: Path) -> Rows:
     """The rows of the table of earlier calls, none if there is no table; raises FileExistsError for another file."""
-    try:
-        text = path.read_bytes().decode("utf-8", NAME_ERRORS).removeprefix("\ufeff")  # which spreadsheets add
-        header, *rows = csv.reader(io.StringIO(text, newline=""))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
-    except (ValueError, csv.Error):
-        header, rows = [], []
+    header, rows = [], []
+    with contextlib.suppress(ValueError, csv.Error):
+        if path.is_file():  # to read a pipe would never end
+            text = path.read_bytes().decode("utf-8", NAME_ERRORS).removeprefix("\ufeff")  # which spreadsheets add
+            header, *rows = csv.reader(io.StringIO(text, newline=""))
     if header != COLUMNS:
         raise FileExistsError(errno.EEXIST, "a table is to go there, but it holds something else", str(path))
     return {(row[0], row[1]): row for row in rows if len(row) == len(COLUMNS)}

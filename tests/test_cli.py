@@ -98,6 +98,10 @@ def test_quiet_scripts_say_problems_alone_and_the_next_script_says_all(capsys):
     assert capsys.readouterr().err == "a problem\n"
     assert run_script("a.py", lambda _: log.info("a note")) == 0
     assert capsys.readouterr().err == "a note\n"
+    main(None)
+    Parser().parse_args([])  # as a main() begins that a notebook calls
+    log.info("a note")
+    assert capsys.readouterr().err == "a problem\na note\n"
 
 
 # ---- flags ----

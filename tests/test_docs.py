@@ -64,7 +64,7 @@ def snippets(page: str) -> list[str]:
 
 # Trainings that differ from others on the pages by a setting alone, and leave nothing that a later command needs.
 ALIKE = ("--activation ", "--loss mse", "--run-name muon", "--run-name replace", "--epochs 7", "--lr 0.05")
-ALIKE += ("for lr in", "shapes.onnx", "--data dogs --labels labels.csv --image-size", "--evaluate dogs", "--balance 1")
+ALIKE += ("for lr in", "shapes.onnx", "--config configs/photos.toml --data dogs", "--evaluate dogs", "--balance 1")
 ALL = [
     pytest.param(command, marks=pytest.mark.expensive) if any(flags in command for flags in ALIKE) else command
     for command in dict.fromkeys(command for page in PAGES for command in commands(page))
@@ -87,6 +87,7 @@ def desk(tmp_path_factory):
         shutil.copy(file, desk / "dogs")
     rows = [f"{file.stem},{file.parent.name}" for file in (desk / "photos").glob("*/*/*.png")]
     (desk / "labels.csv").write_text("\n".join(["id,breed", *rows]))
+    shutil.copytree(desk / "photos" / "test", desk / "new-photos")
     for name in ("dog.png", "new.jpg"):
         shutil.copy(next((desk / "photos" / "test").glob("*/*.png")), desk / name)
     hub = desk / "torch" / "hub" / "checkpoints"

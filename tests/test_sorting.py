@@ -103,6 +103,14 @@ def test_what_is_in_the_way_is_named_before_anything_is_copied(place, desk):
     assert Path(place).read_text() == "mine"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that are files")
+def test_a_pipe_in_the_place_of_the_table_is_named_and_not_read(desk):
+    Path("out").mkdir()
+    os.mkfifo("out/sorted.csv")
+    with pytest.raises(FileExistsError, match="it holds something else"):
+        sort()
+
+
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../a", "a/b", "a\\b", "c:", "con", "Aux.txt", "a.", "a ", "a?", ".ssh", "x" * 201]
 )
@@ -118,6 +126,7 @@ def test_a_class_that_is_no_folder_everywhere_is_refused(name, desk):
         (["Cat", "cat"], "class 'cat' cannot be a folder: to some systems 'Cat' is the same"),
         (["caf\xe9", "cafe\u0301"], "to some systems 'caf\xe9' is the same"),
         (["Sorted.csv"], "class 'Sorted.csv' cannot be a folder: the table is sorted.csv"),
+        (["sorted.csv.lock"], "class 'sorted.csv.lock' cannot be a folder: the table is sorted.csv"),
     ],
 )
 def test_classes_that_would_share_a_name_are_refused(classes, reason, desk):

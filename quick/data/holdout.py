@@ -35,7 +35,8 @@ def share_of(val_fraction: float = 0.0, fold: int = 0, folds: int = 0) -> Share:
     if not 1 <= fold <= folds:
         raise ConfigError(f"--fold {fold}: --folds {folds} has those from 1 to {folds}")
     if val_fraction:
-        raise ConfigError(f"--fold {fold}: --val-fraction {val_fraction:g} holds out others; add --val-fraction 0")
+        other = f"--val-fraction {val_fraction:g} holds out others"
+        raise ConfigError(f"--fold {fold}: {other}; add --val-fraction 0, or --fold 0 --folds 0")
     return Fold(fold, folds)
 
 

@@ -111,15 +111,15 @@ class Names:
         # Not Path.resolve(), after which the names of links are others; the second join adds a separator at the end.
         self.top, *self.bases = (os.path.join(os.path.abspath(path), "") for path in (root, *bases))  # noqa: PTH100, PTH118
         self.paths = [path_to(root, place, name) for place, folder in tree.items() for name in folder.pictures]
-        # By the name below the root, and behind a `/` by the last part or two of it: with its ending, and without.
+        # By the name below the root, and behind a `/` by each end of it: with its ending, and without.
         self.whole, self.bare = defaultdict(list), defaultdict(list)
         for path in self.paths:
             name = lower_ending(self.below(path))
             for names, key in ((self.whole, name), (self.bare, name.rpartition(".")[0])):
                 names[key].append(path)
-                for parts in (1, 2):
-                    if end := last_parts(key, parts):
-                        names[end].append(path)
+                parts = key.split("/")
+                for first in range(len(parts)):
+                    names[f"/{'/'.join(parts[first:])}"].append(path)
 
     def below(self, path: str) -> str:
         """The name of a picture below the root, with `/` between folders, in composed Unicode."""
@@ -132,25 +132,13 @@ class Names:
                 path = os.path.normpath(os.path.join(base, key))  # noqa: PTH118 - a Path would take longer to make
                 if path.startswith(self.top) and (found := names.get(path[len(self.top) :].replace(os.sep, "/"))):
                     return self.exact(found, name)
-            found = names.get(last_parts(key, 2) or last_parts(key, 1), [])
-            if found := [path for path in found if self.ends_so(path, f"/{key.lstrip('/')}", names)]:
+            if found := names.get(f"/{key.lstrip('/')}"):
                 return self.exact(found, name)
         return []
-
-    def ends_so(self, path: str, end: str, names: dict) -> bool:
-        """Whether the name of a picture has this end, which begins with a `/`, as these names know it."""
-        name = f"/{lower_ending(self.below(path))}"
-        return (name if names is self.whole else name.rpartition(".")[0]).endswith(end)
 
     def exact(self, found: list[str], name: str) -> list[str]:
         """Of several pictures the one that is called so to the letter, if there is one."""
         return [path for path in found if self.below(path).endswith(name)] or found if len(found) > 1 else found
-
-
-def last_parts(name: str, count: int) -> str:
-    """So many last parts of a name, each behind a `/`; empty if it has fewer."""
-    parts = name.lstrip("/").rsplit("/", count)[-count:]
-    return f"/{'/'.join(parts)}" if len(parts) == count else ""
 
 
 def lower_ending(name: str) -> str:
@@ -235,13 +223,11 @@ def columns(head: list[str], path: Path) -> tuple[int, int, bool] | None:
     for known in (FILES, LABELS):
         places = ([place for place in filled if words[place] in line.split()] for line in known)
         found.append(next(filter(None, places), []))
-    if len(filled) == 2 and (found[0] != found[1]) and sorted(map(len, found)) == [0, 1]:  # the other one is left
-        found = [of or [place for place in filled if place not in found[1 - which]] for which, of in enumerate(found)]
+    if len(filled) == 2 and sorted(map(len, found)) == [0, 1]:  # the other one is left
+        found = [of or [place for place in filled if [place] not in found] for of in found]
     if [len(of) for of in found] == [1, 1]:
         return found[0][0], found[1][0], True
-    if len(filled) == 2:
-        return filled[0], filled[1], False
     for what, of in zip(("file", "label"), found, strict=True):
         if len(of) > 1:
             raise DataError(f"{path}: {' and '.join(head[place] for place in of)} may be the column {what}; rename one")
-    return None
+    return (*filled, False) if len(filled) == 2 else None

@@ -84,7 +84,7 @@ def split_by_folders(
         files, bad = list_files(tree, root, parts[source])
         if not files:
             what = "no class folders with pictures in it, and its name is that of a split"
-            hint = "; sort its pictures into folders of their classes, or move it away"
+            hint = "; sort its pictures into folders of their classes, add --labels FILE, or move it away"
             raise DataError(f"{part}: {what}{but_these(tree[parts[source]].left_out)}{hint}")
         classes = classes or class_names(part, files, least=2 if split == "train" else 1)
         filled = {name for _, name in files}

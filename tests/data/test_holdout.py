@@ -48,7 +48,7 @@ WRONG = [
     ({"fold": 1, "folds": 1}, "--folds 1: one fold would hold out all pictures; give at least 2"),
     (
         {"fold": 1, "folds": 5, "val_fraction": 0.2},
-        "--fold 1: --val-fraction 0.2 holds out others; add --val-fraction 0",
+        "--fold 1: --val-fraction 0.2 holds out others; add --val-fraction 0, or --fold 0 --folds 0",
     ),
 ]
 

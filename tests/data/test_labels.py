@@ -2,6 +2,7 @@
 
 import shutil
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import train
 from quick.data import labels
 from quick.data.holdout import names_below
 from quick.data.listing import find_files
+from quick.data.tree import Folder
 from quick.errors import ConfigError, DataError
 
 PICTURES = ["cat/1.jpg", "cat/2.JPG", "more/3.png", "4.jpg"]
@@ -90,6 +92,19 @@ def test_a_row_with_another_folder_is_no_row_of_a_picture(tmp_path, capsys):
     assert "rows without a picture: 3 (first line 2, dog/1.jpg)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["/home/me/{}/scan/1.jpg", "me/{}/scan/1", "{}/scan/1.jpg", "{}/scan/1", "{}/1.jpg"])
+def test_many_pictures_whose_names_end_alike_are_told_apart_at_once(name, monkeypatch):
+    """With a look at each of them for each row, some thousands would take minutes."""
+    tree = {("all", str(number), "scan"): Folder(["1.jpg"], Counter(), False) for number in range(300)}
+    names = labels.Names(tree, Path("photos"), bases=[Path("photos")])
+    looks = []
+    monkeypatch.setattr(labels.Names, "below", lambda self, path: looks.append(path) or path)
+    found = [names.find(name.format(number)) for number in range(300)]
+    path = [str(Path("photos", "all", str(number), "scan", "1.jpg")) for number in range(300)]
+    assert found == ([[one] for one in path] if name.startswith("{}/scan") else [[]] * 300)
+    assert len(looks) <= 300
+
+
 def test_names_and_labels_are_compared_in_composed_unicode(tmp_path):
     apart = unicodedata.normalize("NFD", "café")
     root = folder(tmp_path, f"{apart}.jpg", "图 1.jpg")
@@ -136,6 +151,7 @@ WRONG = {
     "line 1 names the picture '1.jpg', where the names of the columns should stand": ["1.jpg,a", "2.jpg,b"],
     "line 1 names the picture '1', where": ["1,a", "2,b"],
     "labels and label may be the column label; rename one": ["file,labels,label", "1.jpg,a,b"],
+    "image and filename may be the column file; rename one": ["image,filename", "1.jpg,a", "2.jpg,b"],
     "line 3: the header has 2 cells, this row 1": ["file,label", "1.jpg,a", "2.jpg"],
     "line 2: the header has 2 cells, this row 3; in quotes, a name": ["file,label", "1,5.jpg,a"],
     "line 2: no label in it; fill it in": ["file,label", "1.jpg, ", "2.jpg,b"],

@@ -113,7 +113,8 @@ def test_what_may_be_split_or_class_is_told(tmp_path, capsys):
 
 def test_splits_without_class_folders_are_told(tmp_path):
     some(tmp_path, "train", "test")  # as Kaggle's dogs and cats
-    with pytest.raises(DataError, match="train: no class folders with pictures in it, and its name is that of a split"):
+    what = "train: no class folders with pictures in it, and its name is that of a split; .* add --labels FILE"
+    with pytest.raises(DataError, match=what):
         find_files(tmp_path, (), 0.0)
     shutil.rmtree(tmp_path / "train")
     some(tmp_path, "train_image", count=2)

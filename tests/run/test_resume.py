@@ -43,8 +43,12 @@ def test_an_interrupted_run_goes_on_to_the_same_result(variant, tmp_path, monkey
     assert left == {"config.toml", "metrics.jsonl", "best.pt", *(f"epoch_00{number}.pt" for number in (1, 2, 3))}
 
 
-def test_dropout_and_streamed_files_go_on_exactly_too(colour_folder, tmp_path, monkeypatch):
+def test_dropout_streamed_files_and_unequal_classes_of_a_table_go_on_exactly_too(colour_folder, tmp_path, monkeypatch):
+    names = [path.relative_to(colour_folder).as_posix() for path in colour_folder.rglob("*.png")]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["file,label", *(f"{name},{'red' if '/red/' in name else 'other'}" for name in names)]))
     flags = ["--data", str(colour_folder), "--model", "squeezenet1_1", "--image-size", "64", "--no-whiten"]
+    flags += ["--labels", str(table), "--balance", "1"]
     flags += "--epochs 2 --batch-size 20 --device cpu --no-views --memory-share 0 --workers 2 --jitter 0.2".split()
     at_steps(monkeypatch, {6 + 5: send(signal.SIGINT)})
     for name, status in (("whole", 0), ("cut", 130)):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Augment", "load", "normalize", "read_picture"]  # for notebooks: `import datasets`
 
 SETTINGS = ("data", "data_dir", "data_url", "image_size", "resize", "interpolation", "fit", "levels", "limit", "strict")
-SETTINGS += ("labels", "val_fraction", "fold", "folds", "workers", "memory_share")
+SETTINGS += ("labels", "val_fraction", "fold", "folds", "workers", "memory_share", "cache")
 
 
 def load(
@@ -59,6 +59,7 @@ def load(
     fold: int = 0,
     folds: int = 0,
     labels: str | Path = "",
+    cache: bool = False,
     group: Group = ALONE,
 ) -> list[Pictures]:
     """Load the sets of `cifar10`, `shapes`, or a folder of pictures: one for each of `splits`, in that order.
@@ -74,8 +75,8 @@ def load(
 
     Of a folder without `test/` and `val/`, `fold` of `folds` or about `val_fraction` (0.2 if all are 0) is held out.
     Bad files are named on standard error and left out, or refused if `strict`. A folder is kept in memory if it takes
-    at most `memory_share` of what is free, else streamed by `workers` processes (-1: one a core). Each process of a
-    group reads its shard.
+    at most `memory_share` of what is free, else streamed by `workers` processes (-1: one a core), with `cache`
+    decoded once and kept resized on the disk. Each process of a group reads its shard.
 
     A table of `labels` tells the classes of a folder's pictures, wherever they are in it; no class folders count then.
 
@@ -110,6 +111,7 @@ def load(
                 strict=strict,
                 find_levels=levels is None and not sets,
                 group=group,
+                cache=Path(data) if cache else None,
             )
             sets.append(pictures)
             sizing = sizing._replace(levels=sets[0].levels)

@@ -157,7 +157,7 @@ def probabilities(network: nn.Module, checkpoint: dict, images: Tensor) -> Tenso
 
     They are nan where the network's outputs for an image are not finite.
     """
-    parts = images.split(evaluation_batch(checkpoint["image_size"]))
+    parts = images.split(evaluation_batch(checkpoint["image_size"], images.device))
     batches = (normalize(part, checkpoint["mean"], checkpoint["std"]) for part in parts)
     config = checkpoint["config"]
     logits = evaluation.outputs(network, batches, tta=config.get("tta", "none"))

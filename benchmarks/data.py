@@ -3,8 +3,9 @@
 `python benchmarks/data.py folder FOLDER`   files of a picture folder, against PIL's open and convert in a loop
 `python benchmarks/data.py archive DIR`     CIFAR-10's official files under DIR, against pickle.load
 `python benchmarks/data.py stream`          256x256 JPEGs, against the same workers doing nothing but decode and resize
+`python benchmarks/data.py cache`           an epoch of 512x384 JPEGs with --cache, against one without
 `python benchmarks/data.py memory`          the memory that streaming takes, epoch by epoch
-The last two make their pictures in a temporary folder. `--quick` ends each in less than a minute.
+The last three make their pictures in a temporary folder. `--quick` ends each in less than a minute.
 """
 
 import argparse
@@ -68,15 +69,15 @@ def archive(root: Path, rounds: int) -> None:
     compare(plain, lambda: datasets.load("cifar10", root), rounds)
 
 
-def make_photographs(root: Path, count: int, side: int = 256) -> None:
-    """Smooth random JPEGs in two classes, about as large as photographs of that size."""
+def make_photographs(root: Path, count: int, size: tuple[int, int]) -> None:
+    """Smooth random JPEGs of (width, height) `size` in two classes, about as large as photographs of that size."""
     random = np.random.RandomState(0)
     for split, part in (("train", count), ("test", 100)):
         for number in range(part):
             pixels = random.randint(0, 256, (24, 24, 3)).astype(np.uint8)
             path = root / split / "ab"[number % 2] / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(path, quality=90)
+            Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
 
 
 def stream(root: Path, rounds: int, image_size: int = 224) -> None:
@@ -95,6 +96,19 @@ def stream(root: Path, rounds: int, image_size: int = 224) -> None:
     for name, ours in sides.items():
         print(f"{name:20}", end=" ")
         compare(lambda: sum(len(decoded.extent) for decoded in bare), ours, rounds)
+
+
+def cache(root: Path, rounds: int) -> None:
+    plain, ours = (
+        datasets.load(str(root), image_size=224, memory_share=0, splits=["train"], cache=kept)[0]
+        for kept in (False, True)
+    )
+    print(f"{len(plain):,} JPEGs of 512x384, an epoch's batches of 64:", end=" ")
+    compare(
+        lambda: sum(len(batch.labels) for batch in plain.batches(64, shuffle=True)),
+        lambda: sum(len(batch.labels) for batch in ours.batches(64, shuffle=True)),
+        rounds,
+    )
 
 
 def memory(root: Path, rounds: int) -> None:
@@ -118,9 +132,9 @@ def memory(root: Path, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["folder", "archive", "stream", "memory"])
+    parser.add_argument("part", choices=["folder", "archive", "stream", "cache", "memory"])
     parser.add_argument("root", nargs="?", type=Path, help="the folder, for the first two")
-    parser.add_argument("--pictures", type=int, default=20_000, help="for the last two (default: 20000)")
+    parser.add_argument("--pictures", type=int, default=20_000, help="for the last three (default: 20000)")
     parser.add_argument("--quick", action="store_true", help="fewer pictures and rounds")
     args = parser.parse_args()
     rounds = 2 if args.quick else 5
@@ -128,8 +142,9 @@ def main() -> None:
         {"folder": folder, "archive": archive}[args.part](args.root, rounds)
         return
     with tempfile.TemporaryDirectory() as root:
-        make_photographs(Path(root), 2000 if args.quick else args.pictures)
-        {"stream": stream, "memory": memory}[args.part](Path(root), rounds)
+        size = (512, 384) if args.part == "cache" else (256, 256)
+        make_photographs(Path(root), 2000 if args.quick else args.pictures, size)
+        {"stream": stream, "cache": cache, "memory": memory}[args.part](Path(root), rounds)
 
 
 if __name__ == "__main__":

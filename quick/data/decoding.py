@@ -4,11 +4,13 @@ Training and prediction both read pictures with `decode`, so that a network sees
 """
 
 import contextlib
+import math
 import os
 import re
 import stat
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -18,6 +20,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from quick.data.cache import Cache, Row
 from quick.data.pixels import Values, opaque, plain
 from quick.data.sizing import Sizing, padded, resize_picture
 from quick.errors import DataError
@@ -28,6 +31,8 @@ ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".
 ENDINGS += (".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".heic", ".heif")
 HEIC = re.compile(rb"....ftyp(?!.*avif).*(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)  # ISO/IEC 23008-12, annex B
 
+JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how such files begin
+PNG_CHUNKS = (b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"tIME")  # that no pixel depends on
 FIRST_BYTES = 2**16  # of a file, which hold a JPEG's header
 # No pipe is waited for. (Windows has no such pipes, and must be told that bytes are bytes.)
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -60,8 +65,8 @@ def decode(
     side, shorter = sizing.side, sizing.shorter
     try:
         if isinstance(source, str) and side == shorter:
-            if image := fitting_jpeg(source, side):
-                return np.frombuffer(image.tobytes(), np.uint8).reshape(side, side, 3), image.size, None
+            if (pixels := fitting_picture(source, side)) is not None:
+                return pixels, (side, side), None
         elif isinstance(source, str | Path):
             check_regular(Path(source).stat())
         is_file, content = not isinstance(source, Image.Image), None
@@ -75,51 +80,84 @@ def decode(
             image.load()
             turn = orientation(image)
             image, values = plain(image, sizing.levels)
-        image, whole = image.transpose(TURNS[turn]) if turn in TURNS else image, None
-        if content:
-            whole, content = (size[::-1] if turn > 4 else size), turned(content[2:], turn, image.size)
-        if image.size != (side, side) or shorter > side:
-            image = resize_picture(image, sizing, max(side, width), whole, content)
+            image, whole = image.transpose(TURNS[turn]) if turn in TURNS else image, None
+            if content:
+                whole, content = (size[::-1] if turn > 4 else size), turned(content[2:], turn, image.size)
+            if image.size != (side, side) or shorter > side:  # PyTorch warns that Pillow's pixels are read-only
+                pixels = resize_picture(image, sizing, max(side, width), whole, content)
+            else:
+                pixels = np.asarray(image)
     except DataError:
         raise
     except Exception as error:  # damaged pictures raise many kinds; Pillow refuses those above 179 million pixels
         raise DataError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
-    pixels = opaque(image)
+    pixels = opaque(pixels)
     return padded(pixels, side) if sizing.fit == "pad" else pixels, size, values
 
 
-def fitting_jpeg(path: str, side: int) -> Image.Image | None:
-    """Decode a JPEG file that is in colour, upright and of just this size; None for every other file.
+def fitting_picture(path: str, side: int) -> np.ndarray | None:
+    """The pixels, uint8 `(side, side, 3)`, of a JPEG or PNG file that is in colour, upright and of just this size.
 
-    Data sets of small pictures are full of these, and Pillow takes as long to look through such a file's header as to
-    decode it. This walks from marker to marker (ITU-T T.81, annex B) to the one with the size.
+    None for every other file. Data sets of small pictures are full of these, and Pillow takes as long to look through
+    such a file's header as to decode it.
     """
     file = os.open(path, OPEN_FLAGS)  # an open() or a Path would take as long as the reading
     try:
         state = os.fstat(file)
         check_regular(state)
         content = os.read(file, min(state.st_size, FIRST_BYTES))
-        place, end = 2, len(content) - 10
-        while content[:2] == b"\xff\xd8" and place < end:
-            mark, kind, length = struct.unpack_from(">BBH", content, place)
-            if mark != 0xFF:
+        if not is_fitting_jpeg(content, side) and not is_fitting_png(content, side):
+            return None
+        if state.st_size > FIRST_BYTES:
+            if state.st_size > FIRST_BYTES + 4 * side * side:  # no such picture is that long
                 return None
-            if kind in (0xC0, 0xC1, 0xC2):
-                if struct.unpack_from(">HHB", content, place + 5) != (side, side, 3):
-                    return None
-                if state.st_size > FIRST_BYTES:
-                    if state.st_size > FIRST_BYTES + 3 * side * side:  # no JPEG is that long
-                        return None
-                    content += os.read(file, 3 * side * side)
-                if b"\xff\xe1" in content:  # EXIF data, wherever they are, may say that the picture is turned
-                    return None
-                try:
-                    return Image.frombytes("RGB", (side, side), content, "jpeg", "RGB", "")
-                except ValueError:  # the usual way will find the words for what is wrong
-                    return None
-            place += 2 + length
+            content += os.read(file, 4 * side * side)
     finally:
         os.close(file)
+    if content[:2] == JPEG:
+        # EXIF data, wherever they are, may say that the picture is turned.
+        data, how = None if b"\xff\xe1" in content else content, ("jpeg", "RGB", "")
+    else:
+        data, how = png_data(content), ("zip", "RGB")
+    try:
+        content = None if data is None else Image.frombytes("RGB", (side, side), data, *how).tobytes()
+    except ValueError:  # the usual way will find the words for what is wrong
+        return None
+    return content and np.frombuffer(content, np.uint8).reshape(side, side, 3)
+
+
+def is_fitting_jpeg(content: bytes, side: int) -> bool:
+    """Whether a file's first bytes are a JPEG's in colour of this size.
+
+    This walks from marker to marker (ITU-T T.81, annex B) to the one with the size.
+    """
+    place, end = 2, len(content) - 10 if content[:2] == JPEG else 0
+    while place < end:
+        mark, kind, length = struct.unpack_from(">BBH", content, place)
+        if mark != 0xFF or kind in (0xC0, 0xC1, 0xC2):
+            return mark == 0xFF and struct.unpack_from(">HHB", content, place + 5) == (side, side, 3)
+        place += 2 + length
+    return False
+
+
+def is_fitting_png(content: bytes, side: int) -> bool:
+    """Whether a file begins as a PNG of this size, 8-bit RGB without interlacing."""
+    header = struct.pack(">4sIIBBBBB", b"IHDR", side, side, 8, 2, 0, 0, 0)
+    return content[:33] == PNG + struct.pack(">I17sI", 13, header, zlib.crc32(header))
+
+
+def png_data(content: bytes) -> bytes | None:
+    """A PNG's compressed pixels; None if it is not whole, or has chunks that Pillow would look at."""
+    place, data = 33, []
+    while place + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        if kind == b"IEND":
+            return b"".join(data)
+        if kind == b"IDAT":
+            data.append(content[place + 8 : place + 8 + length])
+        elif kind not in PNG_CHUNKS:
+            return None
+        place += 12 + length
     return None
 
 
@@ -187,32 +225,40 @@ class Files(torch.utils.data.Dataset):
     paths: np.ndarray  # bytes: one block of memory, which worker processes share; they would copy a list bit by bit
     sizing: Sizing
     width: int  # W of the decoded form, in pixels, at least the side
+    cache: Cache | None = None  # where they are kept as they are decoded
 
     @property
     def side(self) -> int:
         return self.sizing.side
 
     def __getitem__(self, rows: list[int]) -> Decoded:
-        images = np.zeros((len(rows), self.side, self.width, 3), np.uint8)
-        extent, tall, sizes, bad, values = [], [], [], [], []
-        for image, path in zip(images, map(os.fsdecode, self.paths[rows].tolist()), strict=True):
+        shape = len(rows), self.side, self.width, 3
+        if torch.utils.data.get_worker_info() is None:
+            images = torch.zeros(shape, dtype=torch.uint8)
+        else:  # in the memory in which a worker hands it over, without a copy, as PyTorch's default_collate does it
+            storage = torch.UntypedStorage._new_shared(math.prod(shape))
+            images = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+        found, bad = [], []
+        for row, image in zip(rows, images.numpy(), strict=True):
+            path = os.fsdecode(self.paths[row])
             try:
-                picture, size, wide = decode(path, self.sizing, self.width)
+                found.append(self.cache.row(row, path, image, self.decode) if self.cache else self.decode(path, image))
             except DataError as error:
-                picture, size, wide = image[:0, :0], (0, 0), None
+                found.append(Row(0, False, (0, 0), None))
                 bad.append((path, str(error)))
-            if wide:
-                values.append(wide)
-            tall.append(picture.shape[0] > picture.shape[1])
-            picture = picture.swapaxes(0, 1) if tall[-1] else picture
-            image[: picture.shape[0], : picture.shape[1]] = picture
-            extent.append(picture.shape[1])
-            sizes.append(size)
         return Decoded(
-            torch.from_numpy(images),
-            torch.tensor(extent, dtype=torch.int64),
-            torch.tensor(tall, dtype=torch.bool),
-            torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
+            images,
+            torch.tensor([row.extent for row in found], dtype=torch.int64),
+            torch.tensor([row.tall for row in found], dtype=torch.bool),
+            torch.tensor([row.size for row in found], dtype=torch.int64).view(-1, 2),
             bad,
-            values,
+            [row.values for row in found if row.values],
         )
+
+    def decode(self, path: str, image: np.ndarray) -> Row:
+        """Decode a file into the black `image`, uint8 `(side, width, 3)`; raises DataError."""
+        picture, size, values = decode(path, self.sizing, self.width)
+        if tall := picture.shape[0] > picture.shape[1]:
+            picture = picture.swapaxes(0, 1)
+        image[:, : picture.shape[1]] = picture
+        return Row(picture.shape[1], tall, size, values)

@@ -40,6 +40,9 @@ def describe(sets: list[Pictures]) -> str:
     taken = sum({id(pictures.store): pictures.store.nbytes for pictures in sets}.values())
     share = f"{taken / 1e6:,.1f} MB, {taken / (free_memory(sets[0].labels.device) + taken):.1%} of what is free"
     lines.append(f"memory    {share if taken else 'streamed from the files: they do not fit'}")
+    files = {id(pictures.store): getattr(pictures.store, "files", None) for pictures in sets}
+    for cache in (found.cache for found in files.values() if found and found.cache):
+        lines.append(f"cache     {cache.nbytes / 1e6:,.1f} MB, {printable(str(cache.path))}")
     for pictures in sets[1:]:
         copies = duplicates(sets[0], pictures)
         example = f", first {printable(' = '.join(copies[0]))}" if copies else ""

@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from quick.cli import log, progress_bar
 from quick.data.batching import balanced
+from quick.data.cache import open_cache
 from quick.data.decoding import Decoded, Files, open_picture
 from quick.data.doctor import flat
 from quick.data.listing import Listing
@@ -35,12 +37,13 @@ def read_files(
     strict: bool,
     find_levels: bool,
     group: Group,
+    cache: Path | None = None,
 ) -> Pictures:
     """Decode and check all pictures of a listing once; keep them in memory if they fit, else stream them.
 
     They fit if the `budget` of all sets has room for them. Bad files are named and left out; raises DataError for
     them if `strict`, and where too few are left. With `find_levels` pictures wider than 8 bits a pixel set the sizing's
-    levels, and all are read again with these.
+    levels, and all are read again with these. With `cache`, the data folder, what is streamed is kept resized there.
     """
     label_of = {name: label for label, name in enumerate(listing.classes)}
     labels = torch.tensor([label_of[name] for _, name in listing.files])
@@ -54,11 +57,14 @@ def read_files(
     # Each process collects them in the machine's memory, then they move to the device.
     size = len(paths) * files.side * files.width * 3
     fits = budget.take(size)
+    if cache and not fits:
+        files.cache = open_cache(cache, paths, sizing, width)
     decoded, counts = decode_all(files, workers=workers, keep=fits, name=f"reading {listing.split}", group=group)
     if find_levels and decoded.values:
         levels = levels_of(decoded.values)
         del decoded  # its memory is needed again
         files = replace(files, sizing=sizing._replace(levels=levels))
+        files.cache = files.cache and open_cache(cache, paths, files.sizing, width)
         name = f"reading {listing.split}, values {levels[0]:g} to {levels[1]:g}"
         decoded, counts = decode_all(files, workers=workers, keep=fits, name=name, group=group)
     if fits:

@@ -76,8 +76,8 @@ class Pictures:
 
     @property
     def evaluation_batch(self) -> int:
-        """How many pictures evaluation takes at a time: 250, or fewer if they are large."""
-        return evaluation_batch(self.side)
+        """How many pictures evaluation takes at a time, see `evaluation_batch`."""
+        return evaluation_batch(self.side, self.labels.device)
 
     def order(self, *, shuffle: bool, seed: int = 0, epoch: int = 0, keep: Tensor | None = None) -> Tensor:
         """The indices of the pictures of an epoch in their order, int64 `(N,)`, on the CPU.
@@ -151,12 +151,13 @@ class Pictures:
             draws = Draws(len(self.labels), seed, epoch, order, device)
             squares_at = draws("square").split(sizes)
             fill = torch.tensor(self.mean, device=device).mul(255).round().byte().view(1, 3, 1, 1)
+        mean, std = torch.tensor([self.mean, self.std], device=device)  # not for each batch: a GPU would be waited for
         rows = order.to(device) if self.rows is None else self.rows[order.to(device)]
         for size, images in zip(sizes, self.store.read(rows.split(sizes), squares_at), strict=True):
             if augment is not None and size:
                 images = augment_images(images, augment, draws.at(start, start + size), fill)
             start += size
-            yield normalize(images, self.mean, self.std) if self.store.pixels else images
+            yield normalize(images, mean, std) if self.store.pixels else images
 
     def preview(
         self, indices: Tensor, augment: Augment | None = None, seed: int = 0, epoch: int = 0
@@ -199,19 +200,31 @@ class Pictures:
         return [rest, replace(val, split="val")]
 
 
-def evaluation_batch(side: int) -> int:
-    """How many pictures of this side an evaluation without gradients takes at a time."""
-    return max(1, min(250, 2**20 // side**2))
+def evaluation_batch(side: int, device: torch.device) -> int:
+    """How many pictures of this side an evaluation without gradients takes at a time: on a CPU what its caches hold."""
+    pixels, most = (2**20, 250) if device.type == "cpu" else (2**22, 2000)
+    return max(1, min(most, pixels // side**2))
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Images `(N, 3, H, W)` in 0..255 as float32, the way the network wants them: `(x / 255 - mean) / std`."""
-    floats = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """Images `(N, 3, H, W)` in 0..255 as float32, the way the network wants them: `(x / 255 - mean) / std`.
+
+    On Apple GPUs channels come first in memory, as `memory_format` in device.py says; else last.
+    """
+    mean, std = (255 * torch.as_tensor(values, device=images.device) for values in (mean, std))
+    if images.device.type == "mps":
+        floats = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return floats.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+    if images.device.type == "cpu" and images.numel() > 2**20:
+        # New memory: for large arrays NumPy asks the system for large pages, which takes a third of the time on Linux.
+        shape = len(images), *images.shape[2:], 3
+        floats = torch.from_numpy(np.empty(shape, np.float32)).permute(0, 3, 1, 2).copy_(images)
+    else:
+        floats = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
     # (N, H, W * 3), a view of floats: long rows are worked on faster than 3 channels.
     rows = floats.permute(0, 2, 3, 1).flatten(2)
-    mean, std = (255 * torch.tensor(v, device=images.device).repeat(images.shape[3]) for v in (mean, std))
-    rows.sub_(mean).div_(std)
-    return floats.contiguous() if images.device.type == "mps" else floats  # see memory_format() in device.py
+    rows.sub_(mean.repeat(images.shape[3])).div_(std.repeat(images.shape[3]))
+    return floats
 
 
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

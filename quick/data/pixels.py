@@ -68,14 +68,16 @@ def levels_of(values: Sequence[Values]) -> tuple[float, float]:
     return low, high if high > low else low + 1
 
 
-def opaque(image: Image.Image) -> np.ndarray:
-    """The pixels of a plain picture, uint8 `(H, W, 3)`, on white; on black if nothing of it is to be seen on white."""
-    pixels = np.asarray(image)
-    if image.mode in ("La", "RGBa"):
+def opaque(pixels: np.ndarray) -> np.ndarray:
+    """The pixels of a plain picture, uint8 `(H, W, 3)`, on white; on black if nothing of it is to be seen on white.
+
+    They come as uint8 `(H, W)`, or `(H, W, channels)`: 3, or 2 or 4 with transparency, by which they are multiplied.
+    """
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    if pixels.shape[2] in (2, 4):
         alpha = pixels[..., -1:]
         colour = np.minimum(pixels[..., :-1], alpha)  # bicubic resizing can overshoot
         pixels = colour + (255 - alpha)
         if pixels.min() > 247 and alpha.min() < 128 <= alpha.max():  # a white sign on nothing
             pixels = colour
-    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     return np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from quick.cli import log
+from quick.data.cache import FOLDER as CACHE
 from quick.data.decoding import ENDINGS
 from quick.errors import composed
 
@@ -123,7 +124,8 @@ class Search:
                 elif not entry.is_dir():
                     folder.left_out.update(words_for(entry))
                 elif name[0] == "." or name in SYSTEM:
-                    folder.left_out[f"{name}{os.sep}"] += 1
+                    if name != CACHE:
+                        folder.left_out[f"{name}{os.sep}"] += 1
                 elif is_link(entry):
                     self.links.append((*place, name))
                 else:

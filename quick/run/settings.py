@@ -216,6 +216,9 @@ class Config(Augment):
         at_most=1,
         resumable=True,
     )
+    cache: bool = setting(
+        "machine", False, "keep pictures that are streamed resized on the disk: they are decoded once", resumable=True
+    )
     timeout: float = setting(
         "machine", 600.0, "seconds that processes wait for each other", above=0, at_most=10**6, resumable=True
     )

@@ -5,13 +5,15 @@ import os
 import sys
 import tracemalloc
 import types
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, as_bytes, noisy
-from PIL import EpsImagePlugin, Image, ImageFile
+from PIL import EpsImagePlugin, Image, ImageFile, PngImagePlugin
 
+from quick.data import decoding, sizing
 from quick.data.decoding import ENDINGS, read_picture
 from quick.data.pictures import normalize
 from quick.data.sizing import Sizing
@@ -237,6 +239,67 @@ def test_a_jpeg_decoded_at_a_fraction_is_cut_where_the_same_png_is(turn, tmp_pat
             )
             shift = (jpeg - png)[..., :2].mean((0, 1)) / (255 / side * min(size) / max(size))
             assert np.abs(shift).max() < 0.1, (size, side)  # of a pixel
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "I;16", "large JPEG", "turned JPEG"])
+def test_pytorch_resizes_as_pillow_does(fit, interpolation, kind, tmp_path, monkeypatch):
+    """To one of 255; also at the edges, of wide and tall pictures, and of what training keeps beside the square."""
+    pixels = np.random.RandomState(0).randint(0, 256, (14, 18, 4)).astype(np.uint8)
+    image, exif = Image.fromarray(pixels).resize((181, 135), Image.Resampling.BILINEAR), Image.Exif()
+    exif[0x0112] = 6
+    if kind == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 16)
+    name = "a.jpg" if "JPEG" in kind else "a.png"
+    image = (
+        image.convert("RGB").resize((477, 359)) if "JPEG" in kind else image.convert(kind) if kind != "I;16" else image
+    )
+    ways, used = [], []
+    resized_by_torch = sizing.resized_by_torch
+    monkeypatch.setattr(sizing, "resized_by_torch", lambda *given: used.append(1) or resized_by_torch(*given))
+    for is_faster in (False, True):
+        monkeypatch.setattr(sizing, "IS_FASTER", is_faster)
+        found = []
+        for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+            turned.save(tmp_path / name, **({"exif": exif} if kind == "turned JPEG" else {}))
+            for side, width in ((64, 0), (64, 128), (33, 0), (101, 0)):
+                how = Sizing(side, side + 20 * (fit == "crop"), interpolation, (0, 4095), fit)
+                found.append(read_picture(str(tmp_path / name), how, width)[0].astype(int))
+        ways.append(found)
+    assert all(a.shape == b.shape and abs(a - b).max() <= 1 for a, b in zip(*ways, strict=True))
+    assert used or kind not in ("RGB", "large JPEG")
+    for plain, wide in (ways[1][:2], ways[1][4:6]):  # prediction sees the very pixels of training
+        first = [(full - 64) // 2 for full in wide.shape[:2]]
+        if used and fit == "crop" and all((full - 64) % 2 == 0 for full in wide.shape[:2]):
+            assert np.array_equal(plain, wide[first[0] : first[0] + 64, first[1] : first[1] + 64])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "transparent", "text", "interlaced", "turned", "damaged"])
+def test_pngs_of_the_very_size_are_read_as_others_are(mode, tmp_path, monkeypatch):
+    """These have a quick way, by their names as strings; what is turned, transparent or damaged is not for it."""
+    image, exif, text = noisy((200, 120, 40), 0), Image.Exif(), PngImagePlugin.PngInfo()
+    image.paste("blue", (0, 0, 32, 10))
+    exif[0x0112] = 6
+    text.add_text("Comment", "none")
+    how = {"turned": {"exif": exif}, "transparent": {"transparency": (0, 0, 255)}, "text": {"pnginfo": text}}
+    path = tmp_path / "a.png"
+    (image.convert(mode) if mode in ("L", "RGBA", "P") else image).save(path, **how.get(mode, {}))
+    content = path.read_bytes()
+    if mode == "interlaced":  # as its header says, and what follows is not
+        content = content[:28] + b"\x01" + zlib.crc32(content[12:28] + b"\x01").to_bytes(4, "big") + content[33:]
+    content = content[:-600] + b"nonsense" * 70 if mode == "damaged" else content
+    path.write_bytes(content)
+    opened = []
+    open_picture = decoding.open_picture
+    monkeypatch.setattr(decoding, "open_picture", lambda source: opened.append(1) or open_picture(source))
+    found = []
+    for source in (path, str(path)):
+        try:
+            found.append(read_picture(source, Sizing(32))[0].tolist())
+        except DataError as error:
+            found.append(str(error))
+    assert found[0] == found[1] and len(opened) == (1 if mode == "RGB" else 2)
 
 
 def test_without_a_resize_nothing_of_the_shorter_side_is_lost():

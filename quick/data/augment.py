@@ -169,8 +169,8 @@ def jitter(images: Tensor, strength: float, brightness: Tensor, contrast: Tensor
         (1 + strength * (2 * draw - 1)).view(-1, 1, 1, 1) for draw in (brightness, contrast, saturation)
     )
     images = images.float() * brightness
-    luma = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)  # ITU-R BT.601
-    grey = (images * luma).sum(1, keepdim=True)
+    red, green, blue = images.split(1, 1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601
     middle = grey.mean((2, 3), keepdim=True)
     images = middle + contrast * (grey + saturation * (images - grey) - middle)
     return images.clamp(0, 255)

@@ -52,9 +52,7 @@ def make_optimizer(
 
     `head` names the weights of the last layer; `precision` is that of the forward pass.
     """
-    groups = parameter_groups(network, head, config)
-    fused = next(network.parameters()).device.type in ("cpu", "cuda")
-    return OPTIMIZERS[config.optimizer](groups, config, precision, fused)
+    return OPTIMIZERS[config.optimizer](parameter_groups(network, head, config), config, precision)
 
 
 def parameter_groups(network: nn.Module, head: Collection[str], config: OptimizerSettings) -> list[dict]:
@@ -93,50 +91,76 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            momentum, weight_decay = group["momentum"], group["weight_decay"]
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                lr, gradient, state = group["lr"], weight.grad, self.state[weight]
-                if not group["orthogonal"]:
-                    gradient = gradient.add(weight, alpha=weight_decay)  # as torch.optim.SGD does it
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
-                update = gradient.add(buffer, alpha=momentum) if group["nesterov"] else buffer
-                if group["orthogonal"]:
-                    update = orthogonal(update.flatten(1).to(self.precision)).to(weight).view_as(weight)
-                    weight.mul_(1 - lr * weight_decay)
-                    lr *= max(1, len(weight) / weight[0].numel()) ** 0.5  # tall matrices have longer columns
-                weight.add_(update, alpha=-lr)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            gradients = [weight.grad for weight in weights]
+            lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+            if not group["orthogonal"]:
+                gradients = torch._foreach_add(gradients, weights, alpha=weight_decay)  # as torch.optim.SGD does it
+            buffers = [self.state[weight].get("momentum_buffer") for weight in weights]
+            for place, weight in enumerate(weights):
+                if buffers[place] is None:
+                    buffers[place] = self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, gradients)
+            updates = torch._foreach_add(gradients, buffers, alpha=momentum) if group["nesterov"] else buffers
+            if group["orthogonal"]:
+                updates = orthogonal([update.movedim(1, -1) for update in updates], self.precision)
+                updates = [update.movedim(-1, 1) for update in updates]
+                torch._foreach_mul_(weights, 1 - lr * weight_decay)
+                # Tall matrices have longer columns.
+                torch._foreach_mul_(updates, [max(1, len(weight) / weight[0].numel()) ** 0.5 for weight in weights])
+            torch._foreach_add_(weights, updates, alpha=-lr)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix on the way to the nearest (semi-)orthogonal one, by Newton-Schulz steps on its singular values.
+def orthogonal(tensors: list[Tensor], precision: torch.dtype = torch.float32) -> list[Tensor]:
+    """Each tensor, seen as a matrix `(first dimension, all else)`, on the way to the nearest (semi-)orthogonal one.
 
-    Three steps bring those above 0.03 of the matrix's norm to between 0.6 and 1.2, and let smaller ones grow about 40
-    times, which serves as well as exact ones; the polynomial is that of the page named in Muon.
+    Three Newton-Schulz steps on its singular values bring those above 0.03 of the matrix's norm to between 0.6 and 1.2,
+    and let smaller ones grow about 40 times, which serves as well as exact ones; the polynomial is that of the page
+    named in Muon. Each step multiplies the matrix X by a polynomial of X X^T, so they are taken on this small square,
+    of all matrices with the same number of rows at once, and X itself is multiplied at the end alone. The products with
+    X are in `precision`.
     """
-    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-    wide = wide / (wide.norm() + 1e-7)
-    for _ in range(3):
-        square = wide @ wide.T
-        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
-    return wide if len(matrix) <= matrix.shape[1] else wide.T
+    matrices = [matrix.flatten(1) for matrix in converted(tensors, precision)]
+    wide = [matrix if len(matrix) <= matrix.shape[1] else matrix.T for matrix in matrices]
+    for rows in {len(matrix) for matrix in wide}:
+        places = [place for place, matrix in enumerate(wide) if len(matrix) == rows]
+        square = torch.stack([wide[place] @ wide[place].T for place in places]).float()
+        size = square.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1) + 1e-14  # the norm of the matrix, squared
+        square, factor = square / size, size.rsqrt()
+        for number in range(3):
+            step = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+            step.diagonal(dim1=1, dim2=2).add_(3.4445)
+            factor = step @ factor if number else step * factor
+            if number < 2:
+                square = step @ square @ step
+        for place, multiply in zip(places, factor.to(precision), strict=True):
+            wide[place] = multiply @ wide[place]
+    results = [new if new.shape == old.shape else new.T for new, old in zip(wide, matrices, strict=True)]
+    results = [result.view_as(tensor) for result, tensor in zip(results, tensors, strict=True)]
+    return converted(results, tensors[0].dtype)
 
 
-def sgd(groups: list[dict], config: OptimizerSettings, precision: torch.dtype, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+def converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in this dtype, by one operation for all."""
+    if tensors[0].dtype == dtype:
+        return tensors
+    results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(results, tensors)
+    return results
 
 
-def muon(groups: list[dict], config: OptimizerSettings, precision: torch.dtype, fused: bool) -> torch.optim.Optimizer:
+def sgd(groups: list[dict], config: OptimizerSettings, precision: torch.dtype) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def muon(groups: list[dict], config: OptimizerSettings, precision: torch.dtype) -> torch.optim.Optimizer:
     return Muon(groups, config.momentum, config.nesterov, precision)
 
 
-def adamw(groups: list[dict], config: OptimizerSettings, precision: torch.dtype, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, fused=fused)
+def adamw(groups: list[dict], config: OptimizerSettings, precision: torch.dtype) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, fused=True)
 
 
-# Each is made of the groups of weights, the config, the precision of the forward pass, and whether the device can
-# update all weights in one go (`fused`).
+# Each is made of the groups of weights, the config and the precision of the forward pass.
 OPTIMIZERS = {"sgd": sgd, "muon": muon, "adamw": adamw}

@@ -160,7 +160,7 @@ def test_muon_remembers_gradients_and_shrinks_weights():
         weight.grad = gradient.clone()
         optimizer.step()
         buffer = 0.9 * buffer + gradient
-        step = orthogonal(gradient + 0.9 * buffer)
+        [step] = orthogonal([gradient + 0.9 * buffer])
         expected = (1 - 0.1 * 0.5) * expected - 0.1 * 2**0.5 * step
     assert torch.allclose(weight, expected, atol=1e-5) and torch.equal(idle, torch.ones(2, 2))
 
@@ -168,8 +168,9 @@ def test_muon_remembers_gradients_and_shrinks_weights():
 @pytest.mark.parametrize("shape", [(32, 3, 5, 5), (64, 32), (8, 200), (200, 8)])
 def test_orthogonal_matrices_have_singular_values_near_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).flatten(1)
-    found = orthogonal(1e-4 * matrix)
+    [found, of_zero] = orthogonal([1e-4 * matrix, torch.zeros(shape)])
     assert found.shape == matrix.shape and found.dtype == matrix.dtype
+    assert of_zero.shape == shape and not of_zero.any()
     singular, before = torch.linalg.svdvals(found), torch.linalg.svdvals(matrix) / matrix.norm()
     assert singular[before > 0.03].min() > 0.6 and singular.max() < 1.25
     nearest, _, other = torch.linalg.svd(matrix, full_matrices=False)

@@ -114,13 +114,15 @@ def main() -> None:
     compare("training", {"ours": epoch, "bare": bare_steps}, rounds, device)
 
     fixed, *_ = next(train_set.batches(train_set.evaluation_batch))
-    looks = {"none": 1, "mirror": 2, "shift": 6}[config.tta]
+    seen = []
+    with ours.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))):
+        evaluate(ours, ours.network, train_set, config)
 
     @torch.inference_mode()
     def bare_forward() -> int:
         bare.network.eval()
         with autocast(device, precision):
-            for _ in range(looks * len(train_set) // len(fixed)):
+            for _ in range(sum(seen) // len(fixed)):  # as many views
                 bare.network(fixed)
         return len(train_set)
 

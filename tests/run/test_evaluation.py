@@ -7,6 +7,7 @@ from torch import nn
 
 import model
 from quick.checkpoints import TTA
+from quick.run import evaluation
 from quick.run.evaluation import outputs
 
 
@@ -16,7 +17,7 @@ def network() -> nn.Module:
     return model.create("cifar_quick", {"classes": 3})
 
 
-def test_test_time_augmentation_is_the_mean_of_its_views(network):
+def test_test_time_augmentation_is_the_mean_of_its_views(network, monkeypatch):
     images = torch.rand(5, 3, 32, 32)
     network.eval()
     with torch.no_grad():
@@ -26,6 +27,15 @@ def test_test_time_augmentation_is_the_mean_of_its_views(network):
         wanted = {"none": network(images), "mirror": both(images), "shift": both(images) / 2 + shifted / 2}
     for tta in TTA:
         assert torch.allclose(outputs(network, [images], tta), wanted[tta], atol=1e-6)
+    # Where the first class is far above the second one, shifted views are spared.
+    first, second = wanted["mirror"].softmax(1).topk(2).values.unbind(1)
+    between = (first - second).sort().values[2:4].mean().item()
+    monkeypatch.setattr(evaluation, "UNSURE", between)
+    found, unsure = outputs(network, [images], "shift"), first - second < between
+    assert unsure.sum() == 3
+    assert torch.allclose(found, torch.where(unsure[:, None], wanted["shift"], wanted["mirror"]), atol=1e-6)
+    monkeypatch.setattr(evaluation, "UNSURE", 0)
+    assert torch.equal(outputs(network, [images], "shift"), outputs(network, [images], "mirror"))
 
 
 def test_outputs_are_those_of_eval_mode(network):

@@ -75,7 +75,7 @@ def test_mistakes_are_those_of_the_best_epoch(tmp_path, monkeypatch, capsys):
         return end_epoch(state, metrics, *more)
 
     monkeypatch.setattr(TrainState, "end_epoch", first_is_best)
-    assert train.cli([*QUICK, str(tmp_path), "--epochs", "2"]) == 0
+    assert train.cli([*QUICK, str(tmp_path), "--epochs", "2", "--precision", "fp32"]) == 0
     found = []
     for name in ("best", "epoch_002"):
         network, checkpoint = model.load(tmp_path / "a" / f"{name}.pt")

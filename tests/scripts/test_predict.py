@@ -232,7 +232,7 @@ def test_answers_of_another_table_are_not_used(what, table, tmp_path, colour_run
     save(tmp_path / "other.pt", read(colour_run / "best.pt") | {"epoch": 99})
     if what == "pictures":
         noisy(COLOURS["red"], 8).save(tmp_path / "0b.png")
-    more = {"top-k": ["--top-k", 1], "tta": ["--tta", "shift"], "checkpoint": ["--checkpoint", tmp_path / "other.pt"]}
+    more = {"top-k": ["--top-k", 1], "tta": ["--tta", "mirror"], "checkpoint": ["--checkpoint", tmp_path / "other.pt"]}
     more["sure"] = ["--sure", "0.9"]
     seen, errors, lines = table(*more.get(what, ()))
     assert len(seen) == 7 + (what == "pictures") and "of another table, done anew" in errors
@@ -483,7 +483,7 @@ def test_the_shipped_weights_are_those_of_the_default_config():
     config = parse_config(Parser(), [])[0]
     wanted = vars(replace(config, lr=fitting_lr(network, config, own=True)))
     differ = {key for key, value in checkpoint["config"].items() if value != wanted[key]}
-    assert differ <= {"data", "image_size", "resize", "interpolation", "mean", "std", "run_name"}
+    assert differ <= {"data", "image_size", "resize", "interpolation", "fit", "levels", "mean", "std", "run_name"}
 
 
 # ---- names of strangers ----
@@ -641,7 +641,7 @@ def test_evaluation_gives_the_figures_of_training(run, capsys):
 
 def test_evaluation_prints_a_table(ask, colour_folder):
     status, lines, _ = ask("--evaluate", colour_folder)
-    assert status == 0 and "accuracy 100.00%" in lines[0] and "18 test pictures" in lines[0]
+    assert status == 0 and "accuracy 100.00%" in lines[0] and "18 pictures" in lines[0]
     assert [line.split() for line in lines[3:]] == [
         ["0", "blue", *["100.0%"] * 3, "6", "0", "0"],
         ["1", "green", *["100.0%"] * 3, "0", "6", "0"],

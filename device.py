@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from quick.cli import Parser, exit_script, run_script
+from quick.data.streaming import cores
 from quick.errors import DeviceError
 from quick.processes import ALONE, Group
 
@@ -28,6 +29,7 @@ def pick(name: str = "auto", group: Group = ALONE) -> torch.device:
     Each process of a group gets a GPU of its own. Raises DeviceError, which lists what is there, when this machine has
     no such device.
     """
+    limit_threads()
     found = available()
     if group.size > 1:
         found.pop("mps", None)  # it cannot talk to other processes
@@ -40,6 +42,16 @@ def pick(name: str = "auto", group: Group = ALONE) -> torch.device:
         here = ", ".join(f"{device} ({what})" for device, what in found.items())
         raise DeviceError(f"no device {chosen!r} here; this machine has: {here}")
     return torch.device(chosen)
+
+
+def limit_threads() -> None:
+    """Compute with at most as many threads as this process may use cores, also in a container that has a share of them.
+
+    PyTorch counts the cores of the whole machine; many threads on few cores only wait for each other. What the user
+    says in OMP_NUM_THREADS stays.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
+        torch.set_num_threads(cores())
 
 
 def available() -> dict[str, str]:

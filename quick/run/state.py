@@ -13,6 +13,7 @@ from quick.data.batching import batch_slices
 from quick.errors import TrainingError
 from quick.nets.losses import balanced_weights, confusion_counts, worst_pairs
 from quick.processes import Group, wrap_ddp
+from quick.run.crowding import Crowding
 from quick.run.history import History
 from quick.run.settings import Config
 
@@ -87,6 +88,7 @@ class TrainState:
     precision: torch.dtype  # of the forward pass
     group: Group  # of the processes that train together
     pictures: int  # in the training set
+    crowding: Crowding  # whether other programs take the same cores
     class_weights: Tensor | None = None  # with --balance: of each class in the loss, float32 (classes,)
     history: History = field(default_factory=History)
     total_steps: int = 0  # of the whole run; `restore` in resume.py sets it
@@ -190,6 +192,7 @@ def make_state(
         precision=precision,
         group=group,
         pictures=len(labels),
+        crowding=Crowding(device),
         class_weights=balanced_weights(labels, config.balance),
         history=History(by=config.best),
     )

@@ -20,6 +20,22 @@ def test_auto_takes_the_first_of_what_is_here():
     assert "cpu" in device.available()
 
 
+def test_a_container_with_a_share_of_the_cores_gets_as_many_threads(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(device, "cores", lambda: 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    try:
+        torch.set_num_threads(2)
+        assert device.available()["cpu"] == "2 threads"
+        device.pick("cpu")
+        assert torch.get_num_threads() == 2  # as the user says
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        device.pick("cpu")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "cpu:0x"])
 def test_a_missing_device_is_refused_with_a_list_of_what_is_here(name):
     with pytest.raises(DeviceError, match=r"no device .* this machine has: .*cpu \(\d+ threads\)"):

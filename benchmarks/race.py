@@ -212,7 +212,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs=3, default=[32, 128, 128], help="of it (default: 32 128 128)")
     parser.add_argument("--tutorial-epochs", type=int, default=20)
     parser.add_argument("--short", default=SHORT, help=f"flags of the shorter run of fast.toml (default: {SHORT})")
-    parser.add_argument("--flags", default="", help="more flags for our runs of fast.toml, e.g. '--width 2'")
+    parser.add_argument("--flags", default="", help="more flags for our runs of fast.toml, e.g. '--width 1.5'")
     parser.add_argument("--only", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--plain", action="store_true", help="the airbench side in float32, without device.tune()")
     parser.add_argument("--limit", type=int, default=0, help="pictures a split; 0: all")

@@ -27,7 +27,7 @@ def test_train_then_predict_then_evaluate(script, tmp_path, monkeypatch, capsys)
     assert guessed.startswith("dog.png  ") and guessed.count("%") == 3 and said.startswith("checkpoint: logs")
     assert predict.cli(["dog.png", *lines[4].split()[3:]]) == 0  # the command that train.py printed
     assert capsys.readouterr() == (guessed, "")
-    assert predict.cli(["--evaluate", "shapes"]) == 0 and "1,000 test pictures" in capsys.readouterr().out
+    assert predict.cli(["--evaluate", "shapes"]) == 0 and "1,000 pictures" in capsys.readouterr().out
 
 
 @pytest.mark.expensive

@@ -92,6 +92,8 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
             gradients = [weight.grad for weight in weights]
             lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
             if not group["orthogonal"]:

@@ -152,7 +152,9 @@ def test_an_optimizer_without_known_rates_wants_one(monkeypatch):
 def test_muon_remembers_gradients_and_shrinks_weights():
     weight = torch.nn.Parameter(torch.randn(8, 4))
     idle = torch.nn.Parameter(torch.ones(2, 2))  # no answer depends on it
+    unused = torch.nn.Parameter(torch.ones(2))
     groups = [{"params": [weight, idle], "lr": 0.1, "weight_decay": 0.5, "orthogonal": True}]
+    groups.append({"params": [unused], "lr": 0.1, "weight_decay": 0.0, "orthogonal": False})
     optimizer = Muon(groups, momentum=0.9, nesterov=True, precision=torch.float32)
     gradients = torch.randn(3, 8, 4)
     expected, buffer = weight.detach().clone(), torch.zeros(8, 4)

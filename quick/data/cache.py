@@ -5,14 +5,17 @@ so that what is half written, by a run that was killed or by another one at the 
 read and written, not mapped: in a mapped file a full disk would end the process.
 """
 
+import errno
 import hashlib
 import io
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import zlib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +32,9 @@ from quick.errors import printable
 
 FOLDER = ".resized-pictures"  # in the data folder, or the user's cache folder if no file can be written there
 VERSION = 1  # of what follows, and of how quick/data/decoding.py makes pixels of files
-HEAD = struct.Struct("<IqqIIIBBdd")  # checksum, stamp (2), extent, width, height, tall, kind of values, lowest, highest
+HEAD = struct.Struct(
+    "<IqqqIIIBBdd"
+)  # checksum, stamp (3), extent, width, height, tall, kind of values, lowest, highest
 
 
 class Row(NamedTuple):
@@ -73,12 +78,13 @@ class Cache:
             state = os.stat(path)  # noqa: PTH116 - of each picture; a Path would take longer to make than this
         except OSError:  # decoding says why
             return decode(path, image)
-        stamp = state.st_size, state.st_mtime_ns
+        stamp = state.st_size, state.st_mtime_ns, state.st_ctime_ns  # the last one changes with the name, too
         try:
             if found := self.read(row, stamp, image):
                 return found
         except OSError as error:
             self.give_up(error)
+            image[:] = 0
         found = decode(path, image)
         if not self.full and not (found.values and self.sizing.levels is None):  # levels may yet be found
             try:
@@ -87,8 +93,8 @@ class Cache:
                 self.give_up(error)
         return found
 
-    def read(self, row: int, stamp: tuple[int, int], image: np.ndarray) -> Row | None:
-        """A picture that is kept, its pixels in `image`; else None, and the image is black."""
+    def read(self, row: int, stamp: tuple[int, ...], image: np.ndarray) -> Row | None:
+        """A picture that is kept, its pixels in `image`; else None, and the image is black. Raises OSError."""
         file, head = self.file(), bytearray(HEAD.size)
         file.seek(row * self.record)
         if file.readinto(head) != HEAD.size:
@@ -101,7 +107,7 @@ class Cache:
             return None
         return Row(extent, bool(tall), (width, height), Values(lowest, highest, kind == 2) if kind else None)
 
-    def write(self, row: int, stamp: tuple[int, int], image: np.ndarray, found: Row) -> None:
+    def write(self, row: int, stamp: tuple[int, ...], image: np.ndarray, found: Row) -> None:
         """Keep a picture; raises OSError."""
         values = found.values or Values(0.0, 0.0, False)
         kind = 1 + values.whole if found.values else 0
@@ -133,7 +139,8 @@ def open_cache(data: Path, paths: np.ndarray, sizing: Sizing, width: int) -> Cac
 
     Its name is a digest of the pictures' names, how they are resized, and what decodes them: others have other files.
     """
-    versions = VERSION, PIL.__version__, features.version("jpg"), torch.__version__, sizes.IS_FASTER
+    decoders = [features.version(name) for name in ("jpg", "webp", "avif") if features.check(name)]
+    versions = VERSION, PIL.__version__, *decoders, heif_version(), torch.__version__, sizes.IS_FASTER
     digest = hashlib.sha256(repr((*versions, *sizing, width)).encode())
     start = len(os.fsencode(data)) if data.name else 0
     for path in paths.tolist():
@@ -143,10 +150,13 @@ def open_cache(data: Path, paths: np.ndarray, sizing: Sizing, width: int) -> Cac
         cache = Cache(folder / f"{digest.hexdigest()[:16]}.pixels", len(paths), sizing, width)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if folder.is_symlink() or (os.path.lexists(cache.path) and not is_plain(cache.path)):
+                raise OSError(errno.EEXIST, "a link, or no file; it is left alone")
             with cache.path.open("ab") as file:
-                state = os.fstat(file.fileno())
-                filled = 512 * getattr(state, "st_blocks", 0)  # what is not yet written takes no room
-                cache.full = shutil.disk_usage(folder).free < cache.nbytes - filled
+                state, disk = os.fstat(file.fileno()), shutil.disk_usage(folder)
+                # What is not yet written takes no room, but on Windows. Checkpoints must find some, too.
+                filled = 512 * state.st_blocks if hasattr(state, "st_blocks") else state.st_size
+                cache.full = disk.free - disk.total // 20 < cache.nbytes - filled
                 if not state.st_size and not cache.full:
                     file.truncate(cache.nbytes)
         except OSError as error:
@@ -160,6 +170,19 @@ def open_cache(data: Path, paths: np.ndarray, sizing: Sizing, width: int) -> Cac
         return cache
     log.warning(printable(f"--cache: {own}: {problem.strerror or problem}; the pictures are decoded each time"))
     return None
+
+
+def is_plain(path: Path) -> bool:
+    """Whether this is a regular file, and no link to one."""
+    return stat.S_ISREG(path.lstat().st_mode)
+
+
+def heif_version() -> str:
+    """The version of pillow-heif; empty without it."""
+    try:
+        return metadata.version("pillow-heif")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def users_folder() -> Path:

@@ -1,5 +1,6 @@
 """Whether other programs compute on the processor cores that training uses."""
 
+import multiprocessing
 import sys
 import time
 
@@ -27,7 +28,7 @@ class Crowding:
     def tell(self) -> None:
         """Look at what happened since the last look, and say it if it is much."""
         seconds, losses = time.perf_counter() - self.time, times_interrupted() - self.losses
-        if self.is_told or seconds < LEAST_SECONDS:
+        if self.is_told or seconds < LEAST_SECONDS or multiprocessing.active_children():  # they decode for us
             return
         self.time, self.losses = self.time + seconds, self.losses + losses
         if losses > AT_MOST * seconds:

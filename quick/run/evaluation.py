@@ -77,6 +77,8 @@ def mean_of_views(network: nn.Module, images: Tensor, tta: str = "none") -> Tens
         first, *others = logits.softmax(1).topk(min(2, logits.shape[1])).values.unbind(1)
         unsure = (first - sum(others) < UNSURE).nonzero().squeeze(1)
         if len(unsure):
+            if images.device.type == "cuda":  # cuDNN looks for a fast way at each new size, so there shall be few
+                unsure = torch.cat([unsure, unsure[:1].expand(-len(unsure) % math.ceil(len(images) / 8))])
             padded, (height, width) = F.pad(images[unsure], (1,) * 4, "reflect"), images.shape[2:]
             moved = padded[:, :, 2:, 2:], padded[:, :, :height, :width]
             again = sum(mean_of_views(network, views, "mirror") for views in moved) / 2

@@ -181,3 +181,38 @@ def test_levels_of_wide_pixels_are_kept_too(folder, decoded):
 def test_pictures_that_fit_into_memory_need_no_file(folder):
     datasets.load(str(folder), cache=True)
     assert not (folder / room.FOLDER).exists()
+
+
+def test_files_that_changed_names_are_decoded_anew(folder):
+    first, second = folder / "train" / "red" / "0.png", folder / "train" / "blue" / "0.png"
+    for path in (first, second):
+        Image.open(path).save(path, "BMP")
+        os.utime(path, ns=(10**18, 10**18))
+    load(folder)
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+    assert first.stat().st_size == second.stat().st_size and first.stat().st_mtime_ns == second.stat().st_mtime_ns
+    assert same(everything(load(folder, cache=False)), everything(load(folder)))
+
+
+def test_a_link_in_the_place_of_the_file_is_left_alone(folder, tmp_path, capsys):
+    load(folder)
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"mine")
+    for path in (folder / room.FOLDER).iterdir():
+        path.unlink()
+        path.symlink_to(precious)
+    assert same(everything(load(folder, cache=False)), everything(load(folder)))
+    assert precious.read_bytes() == b"mine" and "user's" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_read_leaves_nothing_behind(folder, monkeypatch):
+    expected = everything(load(folder))
+
+    def half(cache, row, stamp, image):
+        image[:] = 7
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(room.Cache, "read", half)
+    assert same(expected, everything(load(folder)))

@@ -32,9 +32,8 @@ from quick.errors import printable
 
 FOLDER = ".resized-pictures"  # in the data folder, or the user's cache folder if no file can be written there
 VERSION = 1  # of what follows, and of how quick/data/decoding.py makes pixels of files
-HEAD = struct.Struct(
-    "<IqqqIIIBBdd"
-)  # checksum, stamp (3), extent, width, height, tall, kind of values, lowest, highest
+# Checksum, stamp (3), extent, width, height, tall, kind of values, lowest and highest of them.
+HEAD = struct.Struct("<IqqqIIIBBdd")
 
 
 class Row(NamedTuple):

@@ -127,7 +127,7 @@ def test_a_step_launches_few_operators_and_waits_for_nothing(flags, most, fake_g
     ("flags", "kind"),
     [
         (ALL_CHANGES, "square"),
-        (["--flip", "--tta", "mirror"], "wide"),
+        (["--flip"], "wide"),
         (["--image-size", "64", "--model", "fast", "--optimizer", "adamw"], "enlarged"),
         (["--freeze", "2", "--accumulate", "2", "--clip-grad", "1", "--optimizer", "muon"], "square"),
         (["--freeze", "all", *ALL_CHANGES], "wide"),
@@ -138,7 +138,7 @@ def test_all_that_training_needs_is_on_the_device(flags, kind, fake_gpu, monkeyp
     monkeypatch.setattr(torch, "allclose", lambda *_, **__: True)  # HeadOnly compares outputs, without values here
     stores = {"square": partial(in_memory, fake_gpu), "wide": partial(in_memory, fake_gpu, width=48)}
     store = stores[kind]() if kind in stores else Enlarged(in_memory(fake_gpu), Sizing(64))
-    state, config, pictures = a_run(flags, fake_gpu, store)
+    state, config, pictures = a_run(["--tta", "mirror", *flags], fake_gpu, store)  # shifts look at values
     if config.freeze != "0":
         head = model.head_keys(config.model, {"classes": 10, "image_size": 32})
         freeze(state.network, head, None if config.freeze == "all" else int(config.freeze))

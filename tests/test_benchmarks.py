@@ -39,6 +39,7 @@ def test_the_other_sides_learn(colour_folder):
     assert len(curve) == 2 and curve[1][0] > curve[0][0] > 0
 
 
+@pytest.mark.expensive
 def test_one_process_of_a_group_measures_both_sides(monkeypatch, capsys):
     scaling = imported("scaling")
     monkeypatch.setattr(scaling, "PICTURES", 200)

@@ -108,7 +108,7 @@ ALL_CHANGES = "--flip --flip-vertical --crop 2 --cutout 4 --jitter 0.2 --resized
     ("flags", "most"),
     [
         ([], 45),
-        (["--config", "configs/fast.toml"], 135),
+        pytest.param(["--config", "configs/fast.toml"], 135, marks=pytest.mark.expensive),
         pytest.param(ALL_CHANGES, 200, marks=pytest.mark.expensive),
     ],
 )

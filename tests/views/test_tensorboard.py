@@ -150,6 +150,7 @@ def test_a_view_that_fails_is_named_once_and_the_run_goes_on(tmp_path, monkeypat
     assert [line for line in errors if "TensorBoard" in line] == ["no saliency in TensorBoard: no gradients here"]
 
 
+@pytest.mark.expensive
 def test_views_leave_the_training_as_it_is(tmp_path):
     weights = []
     for name, flag in (("a", "--views"), ("b", "--no-views")):

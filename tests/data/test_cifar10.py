@@ -157,6 +157,7 @@ def download_of(size: int, md5: str, folder: Path, url: str) -> None:
     assert len(cifar10.cifar10(folder, "train", url)) == 50
 
 
+@pytest.mark.expensive
 def test_two_processes_download_once(server, tmp_path, processes):
     inputs = len(ARCHIVE), hashlib.md5(ARCHIVE).hexdigest(), tmp_path / "data", server.url("slow")
     both = [processes.Process(target=download_of, args=inputs) for _ in range(2)]

@@ -284,6 +284,7 @@ def test_an_evaluation_that_takes_longer_than_the_time_limit_does_not_keep_a_run
     assert not differences(uninterrupted("plain"), contents(tmp_path / "a"))
 
 
+@pytest.mark.expensive
 def test_the_time_limit_counts_from_the_start_of_the_program(tmp_path):
     """The imports of a program take seconds, from a slow disk half a minute."""
     now = time.perf_counter()

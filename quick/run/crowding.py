@@ -8,17 +8,15 @@ import torch
 
 from quick.cli import log
 
-AT_MOST = (
-    60  # times a second that the system takes a core away from this process; nearly none where nobody else computes
-)
+AT_MOST = 60  # times a second that the system takes a core away from this process: alone about 20, beside others 140
 LEAST_SECONDS = 2
 
 
 class Crowding:
-    """Says once that other programs slow training down, which they do far more than by the time that they take.
+    """Says once that other programs slow training down, by far more than the time that they take.
 
-    The threads of a step wait for each other, and do that by turning in a circle, so that one that lost its core keeps
-    all of them. Only for training on a Linux CPU with several threads.
+    The threads of a step wait for each other, so that one that has lost its core holds up all others, which use theirs
+    only to wait. It looks at training on a Linux CPU with several threads alone.
     """
 
     def __init__(self, device: torch.device):

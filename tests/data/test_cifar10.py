@@ -5,6 +5,7 @@ import io
 import pickle
 import struct
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ def fetch(server, tmp_path, monkeypatch):
 
     def call(*behaviours: str) -> list[tuple[str, int]]:
         monkeypatch.setattr(cifar10, "MIRRORS", [server.url(name) for name in behaviours])
+        server.delays = {name: 0.1 * place for place, name in enumerate(behaviours)}  # the first is the fastest
         train_set, test_set = datasets.load("cifar10", tmp_path / "data")
         assert (len(train_set), len(test_set)) == (50, 10)
         left = {path.name for path in (tmp_path / "data").iterdir()}
@@ -72,9 +74,31 @@ def test_a_good_mirror_is_asked_once(fetch):
     assert fetch("good") == [("good", 0)]  # it is there now
 
 
-@pytest.mark.parametrize("bad", ["html", "404", "503", "short", "corrupt"])
-def test_a_bad_mirror_is_left_for_the_next(fetch, bad):
-    assert fetch(bad, "good") == [(bad, 0), ("good", 0)]
+@pytest.mark.parametrize("bad", ["html", "404", "503", "short"])
+def test_a_mirror_without_the_file_loses_the_race(fetch, server, bad):
+    assert fetch(bad, "good") == [("good", 0)] and sorted(server.probed) == sorted([bad, "good"])
+
+
+def test_a_mirror_with_other_bytes_is_left_for_the_next(fetch):
+    assert fetch("corrupt", "good") == [("corrupt", 0), ("good", 0)]
+
+
+def test_the_fastest_mirror_is_taken_wherever_it_stands(server, tmp_path, monkeypatch, caplog):
+    """Of one that sends a few bytes now and then, one that is silent at first, and a good one."""
+    caplog.set_level("INFO")
+    server.delays = {"silent": 0.3}
+    monkeypatch.setattr(cifar10, "MIRRORS", [server.url(name) for name in ("trickle", "silent", "good")])
+    start = time.perf_counter()
+    datasets.load("cifar10", tmp_path / "data")
+    assert server.asked == [("good", 0)] and time.perf_counter() - start < 3  # the first alone takes 20
+    assert f"127.0.0.1:{server.server_port} is the fastest of 3 mirrors" in caplog.text
+
+
+def test_the_next_mirrors_come_in_the_order_of_the_race(server, tmp_path, monkeypatch):
+    server.delays = {"rangeless": 0.2, "good": 0.1}
+    monkeypatch.setattr(cifar10, "MIRRORS", [server.url(name) for name in ("rangeless", "good", "corrupt", "404")])
+    datasets.load("cifar10", tmp_path / "data")
+    assert server.asked == [("corrupt", 0), ("good", 0)]
 
 
 def test_a_server_that_does_not_say_how_much_it_sends(fetch):
@@ -111,7 +135,7 @@ def test_a_wrong_part_is_discarded_and_the_mirror_asked_again(fetch, tmp_path):
 def test_a_whole_part_needs_no_network(fetch, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cifar-10-python.tar.gz.part").write_bytes(ARCHIVE)
-    assert fetch("404") == []
+    assert fetch("404", "503") == []
 
 
 def test_an_address_of_ones_own(server, tmp_path, monkeypatch):

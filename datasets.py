@@ -4,16 +4,20 @@
 `--log-dir` it shows samples in TensorBoard, before and after the augmentation that train.py would do.
 """
 
-import argparse
+from quick.cli import check_flags
+from quick.run.flags import parse_datasets
+
+if __name__ == "__main__":  # --help and wrong flags are answered before PyTorch is imported, which takes seconds
+    check_flags("datasets.py", parse_datasets)
+
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from quick.cli import Parser, exit_script, log, quoted, run_script
+from quick.cli import exit_script, how_to_see, log, run_script
 from quick.data.augment import Augment
 from quick.data.cifar10 import cifar10
 from quick.data.decoding import read_picture
@@ -24,18 +28,17 @@ from quick.data.listing import find_files
 from quick.data.pictures import BUILT_IN, Pictures, normalize
 from quick.data.shapes import shapes
 from quick.data.sizing import Sizing
+from quick.data.source import LOADED
 from quick.data.stores import resized
 from quick.data.streaming import Budget, cores
 from quick.errors import ConfigError, DataError
 from quick.processes import ALONE, Group
+from quick.run.config import resolve
 
 if TYPE_CHECKING:
     from quick.run.settings import Config
 
 __all__ = ["Augment", "load", "normalize", "read_picture"]  # for notebooks: `import datasets`
-
-SETTINGS = ("data", "data_dir", "data_url", "image_size", "resize", "interpolation", "fit", "levels", "limit", "strict")
-SETTINGS += ("labels", "val_fraction", "fold", "folds", "workers", "memory_share", "cache")
 
 
 def load(
@@ -131,7 +134,7 @@ def load_sets(config: "Config", device: torch.device | str = "cpu", group: Group
     A fold or `val_fraction` of the training pictures becomes the validation set. Without it that is a folder's `val/`;
     a folder without splits has no test set. Raises what `load` raises.
     """
-    settings = {name: getattr(config, name) for name in SETTINGS} | {"levels": config.levels or None}
+    settings = {name: getattr(config, name) for name in LOADED} | {"levels": config.levels or None}
     train_set, *others = load(**settings, mean=config.mean, std=config.std, splits=(), device=device, group=group)
     share = share_of(config.val_fraction, config.fold, config.folds)
     if not share or others[0].split == "val":
@@ -143,17 +146,13 @@ def load_sets(config: "Config", device: torch.device | str = "cpu", group: Group
 
 
 def main(argv: list[str] | None = None) -> None:
-    from quick.run.config import parse_config, resolve  # predicting does without it
-
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--log-dir", help="also show samples, before and after augmentation, for TensorBoard here")
-    config, _, args = parse_config(parser, argv, (*SETTINGS, *(key.name for key in fields(Augment))))
+    config, args = parse_datasets(argv)
     config = resolve(config, pretrained=None)
     sets = load_sets(config)
     print(describe(sets))
     if args.log_dir:
         write_samples(Path(args.log_dir), sets[0], config)
-        print(f"tensorboard --logdir {quoted(args.log_dir)}")
+        print(how_to_see(args.log_dir))
 
 
 def write_samples(log_dir: Path, train_set: Pictures, config: "Config") -> None:

@@ -3,6 +3,12 @@
 `python device.py` shows what this machine has, what `auto` picks and why, and tries it with one convolution.
 """
 
+from quick.cli import check_flags
+from quick.run.flags import parse_device
+
+if __name__ == "__main__":  # --help and wrong flags are answered before PyTorch is imported, which takes seconds
+    check_flags("device.py", parse_device)
+
 import ctypes
 import os
 import platform
@@ -14,7 +20,7 @@ from importlib import metadata
 import numpy as np
 import torch
 
-from quick.cli import Parser, exit_script, run_script
+from quick.cli import exit_script, run_script
 from quick.data.streaming import cores
 from quick.errors import DeviceError
 from quick.processes import ALONE, Group
@@ -155,10 +161,7 @@ def memory_used(device: torch.device) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description="What this machine has, and what a run would use.")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: auto")
-    args = parser.parse_args(argv)
+    args = parse_device(argv)
     device = pick(args.device)
     precision = pick_precision(args.precision, device)
 

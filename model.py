@@ -5,7 +5,12 @@ TensorBoard. `--list` names all networks, `--checkpoint FILE` tells what a file 
 other programs.
 """
 
-import argparse
+from quick.cli import check_flags
+from quick.run.flags import parse_model
+
+if __name__ == "__main__":  # --help and wrong flags are answered before PyTorch is imported, which takes seconds
+    check_flags("model.py", parse_model)
+
 import inspect
 from collections import OrderedDict
 from pathlib import Path
@@ -16,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quick.checkpoints import MOST_OUTPUTS, read
-from quick.cli import Parser, exit_script, flag, quoted, run_script
+from quick.cli import exit_script, flag, how_to_see, run_script
 from quick.errors import CheckpointError, ConfigError, NetworkError, out_of_memory, reason, suggestion
 from quick.nets.activations import ACTIVATIONS
 from quick.nets.checking import check_loaded, check_network
@@ -253,22 +258,12 @@ def pretrained(source: str, name: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from quick.run.config import parse_config  # predicting does without it
-
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--classes", type=int, default=10, help="number of classes")
-    parser.add_argument("--log-dir", help="also write the graph for TensorBoard into this folder")
-    parser.add_argument("--list", action="store_true", help="name all networks")
-    parser.add_argument("--checkpoint", metavar="FILE", help="tell what a checkpoint holds")
-    parser.add_argument("--export", type=Path, metavar="OUT", help="write --checkpoint as .pt2 (torch.export) or .onnx")
-    config, _, args = parse_config(parser, argv, ("model", "image_size", *OPTIONS))
+    config, args = parse_model(argv)
     image_size = config.image_size or 32
     if not 1 <= args.classes <= MOST_OUTPUTS:
-        parser.error(f"--classes {args.classes}: must be at least 1, at most {MOST_OUTPUTS}")
-    if args.export and not args.checkpoint:
-        parser.error("--export: give --checkpoint FILE too")
+        raise ConfigError(f"--classes {args.classes}: must be at least 1, at most {MOST_OUTPUTS}")
     if args.export and (error := cannot_write(args.export)):
-        parser.error(f"--export {args.export}: {error}")
+        raise ConfigError(f"--export {args.export}: {error}")
 
     if args.list:
         print(listing(NETWORKS))
@@ -290,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
 
             with SummaryWriter(args.log_dir) as writer:
                 write_graph(writer, network, torch.zeros(1, 3, image_size, image_size))
-            print(f"tensorboard --logdir {quoted(args.log_dir)}")
+            print(how_to_see(args.log_dir))
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -3,6 +3,12 @@
 `python predict.py dog.png` uses the newest run's best checkpoint; `--evaluate DATA` measures it on a test set.
 """
 
+from quick.asking import parse_predict
+from quick.cli import check_flags
+
+if __name__ == "__main__":  # --help and wrong flags are answered before PyTorch is imported, which takes seconds
+    check_flags("predict.py", parse_predict)
+
 import errno
 import io
 import json
@@ -21,7 +27,6 @@ import datasets
 import model
 from device import memory_format, pick
 from quick.answers import Answer, check_unsure, labelled, print_answers, write_table
-from quick.asking import parse
 from quick.checkpoints import write_file
 from quick.cli import exit_script, log, run_script
 from quick.data.asked import find_pictures, is_same_folder, labels_of_run, why_unreadable
@@ -43,7 +48,7 @@ NOT_FINITE = "the network's outputs for it are not finite numbers"
 
 def main(argv: list[str] | None = None) -> int:
     """Do what these flags say; returns the exit status."""
-    args = parse(argv, __doc__)
+    args = parse_predict(argv)
     with Group() as group:
         device = pick(args.device, group)
         path = Path(args.checkpoint) if args.checkpoint else group.from_rank0(newest_checkpoint)
@@ -215,8 +220,8 @@ def evaluate(
     splits = ["test" if is_own else "whole"]
     [test_set] = datasets.load(data, data_dir, device=device, splits=splits, group=group, **preparation)
     if data not in BUILT_IN:
-        which = {"whole": "all", "test": "the test"}.get(test_set.split, "the held-out")
-        log.info(f"{data}: {which} pictures, {len(test_set):,}")
+        count = f"{len(test_set):,}"
+        log.info(f"{data}: {f'all {count}' if test_set.split == 'whole' else f'{count} {test_set.split}'} pictures")
     index_of = {composed(name): index for index, name in enumerate(classes)}
     names = [composed(name) for name in test_set.classes]
     if strange := [name for name in names if name not in index_of]:
@@ -236,7 +241,8 @@ def evaluate(
         raise DataError(f"{data}: its {strange[0]} is {scores[strange[0]]}: the network's outputs are too large")
     if sure is not None:
         scores["sure"] = evaluation.sure_scores(logits, truth, loss, sure)
-    return scores | {"pictures": len(truth), "classes": by_class, "means": means, "confusion": counts.tolist()}
+    scores |= {"split": test_set.split, "pictures": len(truth)}
+    return scores | {"classes": by_class, "means": means, "confusion": counts.tolist()}
 
 
 def cli(argv: list[str] | None = None) -> int:

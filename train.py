@@ -4,7 +4,12 @@
 one epoch, one step, the learning rate and the evaluation.
 """
 
-import argparse
+from quick.cli import check_flags
+from quick.run.flags import parse_train
+
+if __name__ == "__main__":  # --help and wrong flags are answered before PyTorch is imported, which takes seconds
+    check_flags("train.py", parse_train)
+
 import contextlib
 import logging
 import math
@@ -17,22 +22,22 @@ from torch import Tensor, nn
 import datasets
 import model
 from device import autocast, memory_format, memory_used, pick, pick_precision, seed, tune
-from quick.cli import Parser, exit_script, flag, log, progress_bar, run_script
+from quick.cli import exit_script, log, progress_bar, run_script
 from quick.data.pictures import Batch, Pictures
-from quick.errors import Interrupted, TrainingError
+from quick.errors import Interrupted, NetworkError, TrainingError
 from quick.nets import losses
 from quick.nets.checking import check_network
 from quick.nets.sync_batch_norm import synchronise
 from quick.nets.transfer import freeze, train_mode
 from quick.nets.whitening import whiten
 from quick.processes import Group
-from quick.run.config import complete, parse_config
 from quick.run.evaluation import outputs_of_set
 from quick.run.features import train_head_alone
 from quick.run.folder import RunFolder
 from quick.run.optimizers import make_optimizer
 from quick.run.report import epoch_line, print_result, print_start
 from quick.run.resume import Start, begin, check_pictures, restore
+from quick.run.rules import complete
 from quick.run.settings import Config
 from quick.run.state import EpochTotals, TrainState, epoch_steps, hardest, make_state
 from quick.run.stopping import StopVote, program_start
@@ -44,8 +49,11 @@ LOG_STEPS = 100  # between two points of the training curves
 def main(argv: list[str] | None = None) -> int:
     """Train as these flags say; returns the exit status: 0, or 130 when Ctrl-C or SIGTERM stopped it."""
     began = program_start()
-    config, given, resume = parse(argv)
+    config, given, resume = parse_train(argv)
     with Group(config.timeout) as group, RunFolder() as run:
+        if group.rank == 0 and (error := model.unknown(config.model)):
+            raise NetworkError(f"--model: {error}")
+
         # A run begins in one of four ways: a new run; a new run from pretrained weights (--weights); --resume, from its
         # own newest checkpoint; and a restart by torchrun, which works like --resume.
         start = begin(
@@ -75,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         network = network.to(device, memory_format=layout)
         if config.sync_bn and group.size > 1:
             network = synchronise(network, device)
-        print_start(config, [train_set, *held_out_sets], network, device, group)
+        print_start(config, [train_set, *held_out_sets], network, device, precision, group)
         trainable, inputs = network, sets
         if config.freeze == "all":
             with autocast(device, precision):
@@ -270,21 +278,6 @@ def evaluate(
 
 
 # ---- helpers of main() -----------------------------------------------------------------------------------------------
-
-
-def parse(argv: list[str] | None) -> tuple[Config, dict, str | None]:
-    """The config file's settings overruled by the flags; only the flags; and what `--resume` names, else None."""
-    usage = "python train.py [--config FILE | --resume [RUN]] [--KEY VALUE ...]"
-    parser = Parser(description=__doc__, usage=usage, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="go on with this run, or the newest unfinished one"
-    )
-    config, given, args = parse_config(parser, argv)
-    if args.resume is not None and args.config:
-        parser.error("--config: a resumed run has its own; give --resume without it")
-    if error := model.unknown(config.model):
-        parser.error(f"{flag('model') if 'model' in given else f'{args.config}: model'}: {error}")
-    return config, given, args.resume
 
 
 def make_network(config: Config, start: Start, train_set: Pictures, group: Group) -> tuple[nn.Module, dict, list[str]]:

@@ -25,7 +25,7 @@ from quick.run.optimizers import make_optimizer
 from quick.run.state import make_state
 from quick.run.stopping import StopVote
 from quick.views.tensorboard import NoBoard
-from train import parse, train_epoch
+from train import parse_train, train_epoch
 
 
 def resident() -> float:
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", help="cifar10 or a folder with its pictures")
     parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
     args, flags = parser.parse_known_args()
-    config = resolve(parse([*flags, "--data", args.data])[0], pretrained=None)
+    config = resolve(parse_train([*flags, "--data", args.data])[0], pretrained=None)
     device = pick(config.device)
     tune(device)
     [pictures] = datasets.load(args.data, device=device, splits=["train"])

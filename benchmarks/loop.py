@@ -28,7 +28,7 @@ from quick.run.optimizers import make_optimizer
 from quick.run.state import TrainState, make_state
 from quick.run.stopping import StopVote
 from quick.views.tensorboard import NoBoard
-from train import evaluate, parse, train_epoch
+from train import evaluate, parse_train, train_epoch
 
 ROOT = Path(__file__).parent.parent
 START = """
@@ -77,7 +77,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     rounds = 3 if args.quick else args.rounds
 
-    config = resolve(parse([*flags, "--data", "shapes"])[0], pretrained=None)
+    config = resolve(parse_train([*flags, "--data", "shapes"])[0], pretrained=None)
     device = pick(config.device)
     precision = pick_precision(config.precision, device)
     tune(device)

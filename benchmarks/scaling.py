@@ -33,7 +33,7 @@ from quick.run.optimizers import make_optimizer
 from quick.run.state import TrainState, make_state
 from quick.run.stopping import StopVote
 from quick.views.tensorboard import NoBoard
-from train import parse, train_epoch
+from train import parse_train, train_epoch
 
 PICTURES = 20_000  # in an epoch
 
@@ -53,7 +53,7 @@ def rates(work: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[flo
 def side(rounds: int, flags: list[str]) -> None:
     """Measure in this process, or group of processes; the first prints what it found."""
     with Group() as group:
-        config = resolve(parse([*flags, "--data", "shapes"])[0], pretrained=None)
+        config = resolve(parse_train([*flags, "--data", "shapes"])[0], pretrained=None)
         device = pick(config.device, group)
         precision = pick_precision(config.precision, device)
         tune(device)

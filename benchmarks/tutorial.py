@@ -28,7 +28,7 @@ from quick.run.optimizers import make_optimizer
 from quick.run.state import make_state
 from quick.run.stopping import StopVote
 from quick.views.tensorboard import NoBoard
-from train import parse, train_epoch
+from train import parse_train, train_epoch
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "tutorial.toml")
 
@@ -85,7 +85,7 @@ class Tutorial:
 
 def ours(pictures: Pictures, precision: str) -> Callable[[int], object]:
     """A function that trains one epoch of the same network by train.py."""
-    config = resolve(parse(["--config", CONFIG, "--precision", precision, "--device", "cpu"])[0], pretrained=None)
+    config = resolve(parse_train(["--config", CONFIG, "--precision", precision, "--device", "cpu"])[0], pretrained=None)
     device = pick("cpu")
     network = model.create("cifar_quick", model.config_options(config, 10)).to(memory_format=memory_format(device))
     dtype = pick_precision(precision, device)

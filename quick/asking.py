@@ -4,15 +4,15 @@ import argparse
 import os
 from pathlib import Path
 
-from quick.checkpoints import TTA
-from quick.cli import Parser, expanded
-from quick.data.asked import is_folder
-from quick.sorting import TABLE
+from quick.choices import TTA
+from quick.cli import Parser, expanded, is_folder
+
+TABLE = "sorted.csv"  # in the folder of --into
 
 
-def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
+def parse_predict(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags; raises CallError."""
-    parser = make_parser(description)
+    parser = make_parser()
     args = parser.parse_args(argv)
     if "" in [*args.pictures, args.evaluate, args.csv, args.data_dir, args.checkpoint, args.into, args.labels]:
         parser.error("a name is empty; give one of a file or folder")
@@ -27,20 +27,30 @@ def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
     return args
 
 
-def make_parser(description: str) -> Parser:
+def make_parser() -> Parser:
     """The flags, each with its help."""
-    parser = Parser(description=description)
+    parser = Parser(
+        "Ask a trained network about pictures: it answers with classes and their percentages.",
+        examples=("python predict.py dog.png", "python predict.py --evaluate FOLDER --checkpoint logs/RUN/best.pt"),
+    )
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files, folders, or - for standard input")
-    parser.add_argument("--evaluate", metavar="DATA", help="measure on the test set of cifar10 or shapes, or a folder")
+    parser.add_argument(
+        "--evaluate", metavar="DATA", help="measure the network on the test set of cifar10, shapes or a folder"
+    )
     parser.add_argument(
         "--labels",
         type=expanded,
         metavar="FILE",
-        help="with --evaluate FOLDER: a table (CSV: file,label) that says the classes (default: that of its run)",
+        help="table (CSV: file,label) with the classes of the folder that --evaluate names (default: that of its run)",
     )
-    parser.add_argument("--data-dir", default="data", help="where downloads live (default: data)")
-    parser.add_argument("--checkpoint", type=expanded, help="default: the newest run's best.pt, else that in weights/")
-    parser.add_argument("--top-k", type=int, metavar="K", help="classes a picture (default: 3)")
+    parser.add_argument("--data-dir", default="data", metavar="FOLDER", help="folder for downloads (default: data)")
+    parser.add_argument(
+        "--checkpoint",
+        type=expanded,
+        metavar="FILE",
+        help="checkpoint of the network to ask (default: the newest run's best.pt, else that in weights/)",
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="classes that each picture gets (default: 3)")
     parser.add_argument(
         "--sure",
         type=float,
@@ -55,18 +65,27 @@ def make_parser(description: str) -> Parser:
         help="copy each picture to FOLDER/CLASS, or with --sure to FOLDER/unsure; FOLDER/sorted.csv lists them",
     )
     forms = parser.add_mutually_exclusive_group()
-    forms.add_argument("--json", dest="form", action="store_const", const="json", help="a JSON object a line")
+    forms.add_argument(
+        "--json", dest="form", action="store_const", const="json", help="print a JSON object for each picture"
+    )
     forms.add_argument(
         "--csv",
         nargs="?",
         const=True,
         metavar="FILE",
-        help="a table with a header; with a FILE, whose name ends in .csv, a stopped run goes on where it was, and "
-        "torchrun can share the work",
+        help="print a table with a header; with a FILE, whose name ends in .csv, a stopped run goes on where it was, "
+        "and torchrun can share the work",
     )
-    parser.add_argument("--show", action="store_true", help="write NAME.explained.png: what the answer depends on")
-    parser.add_argument("--tta", choices=TTA, help="test-time augmentation; default: as in training")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    parser.add_argument(
+        "--show", action="store_true", help="write NAME.explained.png: which pixels the answer depends on"
+    )
+    parser.add_argument("--tta", choices=TTA, help="test-time augmentation (default: as in training)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="where to compute: auto, cpu, cuda, cuda:1 or mps (default: auto)",
+    )
     return parser
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quick.archives import CHECKSUM_BYTES, LARGEST_PICKLE, LEGACY, check_archive, check_legacy, kind_of
+from quick.choices import FITS, INTERPOLATIONS, LOSSES, TTA
 from quick.errors import CheckpointError, composed, out_of_memory, printable
 
 FORMAT = 3  # grows when an older reader could misread a newer file
@@ -30,10 +31,6 @@ CONTENT = {
     "metrics": dict,
     "config": dict,
 }
-INTERPOLATIONS = ("bilinear", "bicubic")
-FITS = ("crop", "pad", "squash")  # what becomes of pictures that are not square
-LOSSES = ("cross_entropy", "mse", "l1")
-TTA = ("none", "mirror", "shift")
 LARGEST_SIDE, LARGEST_WIDTH, MOST_OUTPUTS = 4096, 64, 10**6  # what a file may ask for: bounds time and memory
 LARGEST_NAMES = 3 * LARGEST_PICKLE // 4  # of all classes, in bytes: what else there is needs the rest
 LONGEST_NAME = 1000  # characters of the name of a class, weight, option, metric or setting

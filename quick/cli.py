@@ -1,26 +1,28 @@
-"""What the scripts have in common as commands: settings as flags, notes, progress bars, and how a script ends."""
+"""What the scripts have in common as commands: settings as flags, notes, progress bars, how they begin and end."""
 
 import argparse
 import codecs
 import contextlib
 import errno
 import logging
-import math
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quick.errors import CallError, Ended, Problem, out_of_memory, printable, suggestion
+from quick.values import CHANNELS
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-CHANNELS = ("R", "G", "B")
+USUAL = "most used"  # heading of the settings that --help begins with
 # What PyTorch says of a worker process that the system killed, or that got no memory to share.
 LOST_WORKER = re.compile(r"DataLoader worker \(pid|shared memory|Cannot allocate memory")
 LESS_MEMORY = {  # what to do where there is not enough
@@ -30,9 +32,6 @@ LESS_MEMORY = {  # what to do where there is not enough
     "datasets.py": "a lower --memory-share or --limit needs less",
     "device.py": "free some, or try another --device",
 }
-RESERVED = re.compile(
-    r"(con|prn|aux|nul|(com|lpt)[0-9\xb9\xb2\xb3]|conin\$|conout\$)([. ].*)?", re.IGNORECASE
-)  # Windows' names of devices
 
 
 class Notes(logging.Handler):
@@ -54,16 +53,24 @@ log.propagate = False
 
 
 def setting(
-    group: str, default: object, help: str, *, resumable: bool = False, auto: bool = False, **rules: object
+    group: str,
+    default: object,
+    help: str,
+    *,
+    means: str = "",
+    resumable: bool = False,
+    auto: bool = False,
+    **rules: object,
 ) -> Field:
     """A field of a dataclass that is also a flag and a key of config files.
 
-    `group` is its heading in `--help`. A `resumable` setting may change when a run is resumed. With `auto` the default
-    stands for a value that is found out when a run starts. `rules` are for its values: `at_least`, `at_most`, `above`,
-    `below` (numbers), `choices` (strings), `check` (a function from a value to an error or None); `metavar` is for the
-    help.
+    `group` is its heading in `--help`; `means` says what a default stands for that is no value itself, such as 0. A
+    `resumable` setting may change when a run is resumed. With `auto` the default stands for a value that is found out
+    when a run starts. `rules` are for its values: `at_least`, `at_most`, `above`, `below` (numbers), `choices`
+    (strings, or a function that knows them), `check` (a function from a value to an error or None); `metavar` is for
+    the help.
     """
-    metadata = {"group": group, "help": help, "resumable": resumable, "auto": auto, **rules}
+    metadata = {"group": group, "help": help, "means": means, "resumable": resumable, "auto": auto, **rules}
     return field(default=default, metadata=metadata)
 
 
@@ -74,67 +81,68 @@ def flag(name: str, value: object = None) -> str:
     return f"--{name.replace('_', '-')} {quoted(value) if isinstance(value, str) else value}"
 
 
-def add_flags(parser: argparse.ArgumentParser, keys: Iterable[Field], defaults: object) -> None:
+def add_flags(parser: "Parser", keys: Iterable[Field], defaults: dict) -> None:
     """Add settings to the parser as flags of the same names, under the headings of their groups.
 
-    `defaults` is an object of their dataclass.
+    `defaults` are those, by name, that differ from the fields' own. `wrong_value` looks at values, argparse does not.
     """
-    sections = {}
     for key in keys:
-        group = key.metadata["group"]
-        if group not in sections:
-            sections[group] = parser.add_argument_group(group)
+        rules = key.metadata
         if key.type is bool:
             values = {"action": argparse.BooleanOptionalAction}
         elif key.type is tuple:
-            metavar = key.metadata.get("metavar", CHANNELS)
+            metavar = rules.get("metavar", CHANNELS)
             values = {"type": float, "nargs": len(metavar), "metavar": metavar}
         else:
-            values = {"type": key.type, "choices": key.metadata.get("choices"), "metavar": key.metadata.get("metavar")}
-        default = getattr(defaults, key.name)
-        sections[group].add_argument(flag(key.name), **values, default=default, help=key.metadata["help"])
+            metavar = "N" if key.type is int else "NAME" if key.type is str else "X"
+            if isinstance(choices := rules.get("choices"), tuple):
+                metavar = f"{{{','.join(choices)}}}"
+            values = {"type": key.type, "metavar": rules.get("metavar", metavar)}
+        default = defaults.get(key.name, key.default)
+        text = printable(f"{rules['help']}{told_default(key, default)}").replace("%", "%%")
+        parser.group(rules["group"]).add_argument(flag(key.name), **values, default=default, help=text)
 
 
-def wrong_value(key: Field, value: object) -> str | None:
-    """What is wrong with a value of this setting, in words; None when nothing is."""
-    rules, kinds = key.metadata, (int, float) if key.type is float else key.type
-    if not isinstance(value, kinds) or (isinstance(value, bool) and key.type is not bool):
-        return f"{value!r} is not of type {key.type.__name__}"
-    if key.type is str and printable(value) != value:  # no config file in UTF-8 could hold it, or no terminal show it
-        return f"{value!r:.80} has characters that cannot be printed"
-    if "choices" in rules and value not in rules["choices"]:
-        return f"{value!r} is not one of {', '.join(rules['choices'])}{suggestion(value, rules['choices'])}"
-    if key.type is tuple and len(value) not in (0, len(rules.get("metavar", CHANNELS))):
-        wanted = "two numbers" if "metavar" in rules else "one number for each of the three channels"
-        return f"{list(value)} is not {wanted}"
-    numbers = value if key.type is tuple else [value] if key.type in (int, float) else []
-    for number in numbers:
-        if not isinstance(number, int | float) or not -1e300 < number < 1e300:
-            return f"{number!r:.40} is not a finite number"
-        if number < rules.get("at_least", -math.inf):
-            return f"{number} is not at least {rules['at_least']}"
-        if number <= rules.get("above", -math.inf):
-            return f"{number} is not above {rules['above']}"
-        if number > rules.get("at_most", math.inf):
-            return f"{number} is not at most {rules['at_most']}"
-        if number >= rules.get("below", math.inf):
-            return f"{number} is not below {rules['below']}"
-    return rules["check"](value) if "check" in rules else None
+def told_default(key: Field, default: object) -> str:
+    """The default of a setting as the end of its help: the value, and what a value stands for that is none itself."""
+    own = " = ".join(filter(None, (in_help(key.default), key.metadata["means"])))
+    told = own if default == key.default else in_help(default)
+    if told != own and " = " in own:
+        told += f"; {own}"
+    return f" (default: {told})" if told else ""
 
 
-def bad_folder(value: str) -> str | None:
-    """What is wrong with this name for a folder; None when nothing is. It must work on Windows too, without a path."""
-    usable = not set(value) & set('<>:"/\\|?*') and len(value.encode()) <= 200
-    if not value or (usable and value[-1] not in ". " and not RESERVED.fullmatch(value)):
-        return None
-    return f"{value!r:.80} cannot be a folder's name on every system, without a path"
+def in_help(value: object) -> str:
+    """A setting's value as `--help` shows it; empty for one that says nothing."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple | list):
+        return " ".join(map(in_help, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags are written in full, and which raises CallError for a wrong one."""
+    """An ArgumentParser whose flags are written in full, and which raises CallError for a wrong one.
 
-    def __init__(self, **options: object):
-        super().__init__(allow_abbrev=False, **options)
+    `examples` are commands that `--help` ends with.
+    """
+
+    def __init__(self, description: str = "", examples: Sequence[str] = (), **options: object):
+        width = max(20, shutil.get_terminal_size().columns - 2)
+        super().__init__(
+            description=textwrap.fill(description, width),
+            epilog="\n  ".join(["examples:", *examples]) if examples else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+        self.groups = {}
+
+    def group(self, heading: str) -> argparse._ArgumentGroup:
+        """The group of flags with this heading in `--help`."""
+        if heading not in self.groups:
+            self.groups[heading] = self.add_argument_group(heading)
+        return self.groups[heading]
 
     def parse_args(self, argv: list[str] | None = None, namespace: object = None) -> argparse.Namespace:
         log.setLevel(logging.INFO)  # a notebook calls main() alone, maybe after a quiet one
@@ -181,6 +189,16 @@ def quoted(path: str | Path) -> str:
     return "'" + re.sub("(['\u2018-\u201b])", r"\1\1", text) + "'"  # PowerShell takes all of these for quotes
 
 
+def how_to_see(log_dir: str | Path) -> str:
+    """How TensorBoard shows what was written into this folder, in two lines; 6006 is its usual port."""
+    return f"next: tensorboard --logdir {quoted(log_dir)}\nthen open http://localhost:6006"
+
+
+def is_folder(name: str) -> bool:
+    """Whether this is a folder; False also for names that the system refuses, such as very long ones."""
+    return name != "-" and os.path.isdir(name)  # noqa: PTH112 - Path's raises an error
+
+
 def expanded(path: str) -> str:
     """The path with a `~` in front as the home folder: shells leave it in `--data=~/photos`, Windows' always."""
     return os.path.expanduser(path)  # noqa: PTH111 - Path changes names, as ./-a.png
@@ -202,7 +220,16 @@ def read_text(path: Path) -> str:
     return text
 
 
-# ---- how a script ends -----------------------------------------------------------------------------------------------
+# ---- how a script begins and ends ------------------------------------------------------------------------------------
+
+
+def check_flags(script: str, parse: Callable[[list[str] | None], object]) -> None:
+    """End the program if its flags ask for help or are wrong.
+
+    Scripts call this before they import PyTorch, which takes seconds. Their main() parses the flags again.
+    """
+    if status := run_script(script, lambda argv: parse(argv) and None):
+        exit_script(status)
 
 
 def run_script(

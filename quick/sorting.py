@@ -15,11 +15,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from quick.answers import NAME_ERRORS, UNSURE, Answer, csv_line, locked, report_error, safe_cell
+from quick.asking import TABLE
 from quick.checkpoints import write_file
-from quick.cli import bad_folder, progress_bar
+from quick.cli import progress_bar
 from quick.errors import CheckpointError, composed, in_short
+from quick.values import bad_folder
 
-TABLE = "sorted.csv"
 COLUMNS = ["file", "copy", "class", "probability", "error"]
 ASIDE = ".sorting.tmp"  # what a copy is called until it is whole
 OF_ONE_NAME = {errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}  # errors that other pictures need not have

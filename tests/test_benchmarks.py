@@ -1,5 +1,7 @@
+import dataclasses
 import importlib.util
 import json
+import sys
 from types import ModuleType
 
 import pytest
@@ -7,6 +9,10 @@ import torch
 from conftest import ROOT
 
 import datasets
+import model
+import train
+from quick.run.flags import parse_train
+from quick.run.optimizers import fitting_lr
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 
@@ -54,3 +60,31 @@ def test_the_picture_of_a_race_names_every_side(tmp_path):
     drawn = picture.draw(json.loads(json.dumps(curves)))
     assert "ours &amp; theirs: 75.0% in 14 s" in drawn and "others: 65.0% in 100 s" in drawn
     assert drawn.count("<circle") == 3
+
+
+def test_the_changes_lead_from_the_courses_recipe_to_the_default():
+    course = imported("course")
+    flags = ["--config", course.CONFIG, *(flag for _, added, _ in course.STEPS for flag in added.split())]
+    reached, default = parse_train(flags)[0], parse_train(["--optimizer", "muon"])[0]
+    # What the default leaves open is decided by the pictures and the network, and then the same, but for a hair.
+    left_open = {"mean": reached.mean, "std": reached.std, "lr": fitting_lr(model.CifarQuick(), default, own=True)}
+    left_open["activation"] = model.config_options(default, 10)["activation"]
+    assert reached == dataclasses.replace(default, **left_open)
+
+
+@pytest.mark.expensive
+def test_the_changes_are_measured_and_results_that_are_there_are_taken(monkeypatch, tmp_path, capsys):
+    course = imported("course")
+    monkeypatch.setattr(course, "STEPS", [course.STEPS[0], course.STEPS[3]])
+    monkeypatch.setattr(sys, "argv", ["course.py", *"--data shapes --epochs 1 --limit 60 --quiet".split()])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--log-dir", str(tmp_path)])
+    course.main()
+    first = capsys.readouterr().out
+    monkeypatch.setattr(train, "cli", None)
+    course.main()
+    table = capsys.readouterr().out.partition("| change")[2]
+    assert table.count("% |") == 2 and table in first
+    sys.argv += ["--lr", "0.05"]
+    with pytest.raises(SystemExit):
+        course.main()
+    assert "other flags" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from quick.cli import Parser, add_flags, flag, log, progress_bar, quoted, read_text, run_script, setting, wrong_value
+from quick.cli import Parser, add_flags, flag, log, progress_bar, quoted, read_text, run_script, setting
 from quick.errors import CallError, Ended, Problem
+from quick.values import wrong_value
 
 # ---- the end ----
 
@@ -119,10 +121,46 @@ class Settings:
 
 def test_settings_are_flags_of_their_names():
     parser = Parser()
-    add_flags(parser, fields(Settings), Settings())
+    add_flags(parser, fields(Settings), {})
     assert vars(parser.parse_args([])) == vars(Settings())
     given = parser.parse_args("--lr 1 --epochs 3 --no-flip --loss l1 --mean 0.1 0.2 0.3".split())
     assert vars(given) == {"lr": 1.0, "epochs": 3, "flip": False, "loss": "l1", "mean": [0.1, 0.2, 0.3], "data": ""}
+
+
+@dataclass
+class Explained:
+    share: float = setting("first", 0.5, "share of 100% of the pictures", metavar="SHARE")
+    keep: int = setting("first", 0, "checkpoints that are kept", means="all")
+    fit: str = setting("second", "auto", "how it fits", means="as before", choices=("auto", "crop"))
+    url: str = setting("first", "", "address to load from", means="known ones")
+    name: str = setting("second", "", "name of it")
+    mean: tuple = setting("second", (), "of channels")
+    rate: float = setting("second", 0.0, "highest rate", means="what fits")
+    flip: bool = setting("second", False, "mirror half")
+
+
+def test_help_tells_defaults_that_are_values_and_what_others_stand_for(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    parser = Parser("What it does.", examples=("python a.py", "python a.py --keep 3"))
+    add_flags(parser, fields(Explained), {"rate": 0.25, "name": "x\x1b[2J", "mean": [0.5, 0.25, 1]})
+    text = re.sub(r" +", " ", parser.format_help())
+    groups = dict(zip(["first", "second", "end"], re.split("\n\n(?:first|second|examples):\n", text)[1:], strict=True))
+    assert [line.strip() for line in groups["first"].splitlines()] == [
+        "--share SHARE share of 100% of the pictures (default: 0.5)",
+        "--keep N checkpoints that are kept (default: 0 = all)",
+        "--url NAME address to load from (default: known ones)",
+    ]
+    assert [line.strip() for line in groups["second"].splitlines()] == [
+        "--fit {auto,crop} how it fits (default: auto = as before)",
+        "--name NAME name of it (default: x\\x1b[2J)",
+        "--mean R G B of channels (default: 0.5 0.25 1)",
+        "--rate X highest rate (default: 0.25; 0 = what fits)",
+        "--flip, --no-flip mirror half (default: off)",
+    ]
+    assert groups["end"] == " python a.py\n python a.py --keep 3\n"
+    parser = Parser()
+    add_flags(parser, [key for key in fields(Explained) if key.name in ("name", "mean")], {})
+    assert "default" not in parser.format_help()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +169,7 @@ def test_settings_are_flags_of_their_names():
 )
 def test_flags_are_written_in_full(argv, message):
     parser = Parser()
-    add_flags(parser, fields(Settings), Settings())
+    add_flags(parser, fields(Settings), {})
     with pytest.raises(CallError, match=message.replace("?", r"\?")):
         parser.parse_args(argv.split())
 

@@ -8,8 +8,8 @@ from conftest import ROOT
 
 SCRIPTS = {path.stem: path for path in ROOT.glob("*.py")}
 ROOMS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("quick/**/*.py")}
-FLOORS = [{"errors"}, {"cli"}, {"processes"}, {"archives"}, {"checkpoints"}, {"downloads"}]
-FLOORS += [{"answers", "data", "nets"}, {"sorting"}, {"asking"}, {"views"}, {"run"}]
+FLOORS = [{"errors", "choices"}, {"values"}, {"cli"}, {"asking"}, {"processes"}, {"archives"}, {"checkpoints"}]
+FLOORS += [{"downloads"}, {"answers", "data", "nets"}, {"sorting"}, {"views"}, {"run"}]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

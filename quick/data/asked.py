@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from quick.cli import is_folder
 from quick.data.tree import identity, list_pictures
 from quick.errors import DataError
 
@@ -52,11 +53,6 @@ def why_unreadable(name: str, error: str) -> str:
     if is_folder(name):
         return "no pictures in this folder" if os.access(name, os.R_OK | os.X_OK) else "this folder cannot be read"
     return error
-
-
-def is_folder(name: str) -> bool:
-    """Whether this is a folder; False also for names that the system refuses, such as very long ones."""
-    return name != "-" and os.path.isdir(name)  # noqa: PTH112 - Path's raises an error
 
 
 def is_same_folder(data: str, config: dict, checkpoint: Path) -> bool:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quick.data.augment import Augment, Draws, augment_images, augments
+from quick.data.augment import Augment, augment_images, augments
 from quick.data.batching import batch_slices, shard
 from quick.data.holdout import Share, as_flags, bounds, held_out, names_below
 from quick.data.stores import Enlarged, InMemory, Streamed
+from quick.data.transforms import Draws
 from quick.errors import LimitError
 from quick.processes import ALONE, Group
 

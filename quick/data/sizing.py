@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from quick.checkpoints import FITS, INTERPOLATIONS
+from quick.choices import FITS, INTERPOLATIONS
 from quick.errors import DataError
 
 # Grey beside a padded picture: normalisation makes about 0 of it, with which convolutions pad. (The mean of a set is

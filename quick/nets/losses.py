@@ -129,7 +129,7 @@ def confusion_counts(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def worst_pairs(counts: Tensor, classes: Sequence[str], most: int = 3) -> list[str]:
-    """The most frequent mistakes of a confusion matrix, in words: "cat taken for dog 14 %" of the pictures of cats."""
+    """The most frequent mistakes of a confusion matrix, in words: "cat taken for dog 14.3%" of the pictures of cats."""
     shares = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
     shares.fill_diagonal_(0)
     highest, cells = shares.flatten().topk(min(most, shares.numel()))
@@ -137,5 +137,5 @@ def worst_pairs(counts: Tensor, classes: Sequence[str], most: int = 3) -> list[s
     for share, cell in zip(highest.tolist(), cells.tolist(), strict=True):
         if share > 0:
             label, guess = divmod(cell, len(classes))
-            lines.append(f"{classes[label]} taken for {classes[guess]} {100 * share:.0f} %")
+            lines.append(f"{classes[label]} taken for {classes[guess]} {share:.1%}")
     return lines

@@ -17,7 +17,6 @@ from quick.downloads import NotDownloaded, download
 from quick.errors import CheckpointError, NetworkError, in_short, out_of_memory
 from quick.nets.transfer import AUXILIARY
 
-STEMS = ("standard", "small")
 WRAPPERS = ("state_dict", "model", "net", "model_state_dict")  # under which other programs save a state_dict
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 IMAGENET = {"image_size": 224, "resize": 256, "interpolation": "bilinear"}
@@ -26,11 +25,15 @@ OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")
 
 
 def torchvision_models() -> ModuleType:
-    """`torchvision.models`, imported when it is needed: that takes a while. Raises NetworkError where it is missing."""
+    """`torchvision.models`, imported when it is needed: that takes a while.
+
+    Raises NetworkError where it is missing, or was built for another PyTorch.
+    """
     try:
         from torchvision import models
-    except ImportError as error:
-        raise NetworkError(f"torchvision, which has this network, cannot be imported ({error})") from error
+    except (ImportError, RuntimeError) as error:
+        ways = "install torch and torchvision anew, both by one command of pip, from the same index"
+        raise NetworkError(f"torchvision, which has this network, cannot be imported ({error}): {ways}") from error
     return models
 
 

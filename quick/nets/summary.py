@@ -121,7 +121,7 @@ def listing(networks: Mapping[str, Callable[[], nn.Module]]) -> str:
     for name in torchvision_names():
         weights = torchvision_models().get_model_weights(name).DEFAULT
         accuracy = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
-        what = f"{accuracy:.1f} % at {weights.transforms().crop_size[0]} pixels, {weights.meta['_file_size']:,.0f} MB"
+        what = f"{accuracy:.1f}% at {weights.transforms().crop_size[0]} pixels, {weights.meta['_file_size']:,.0f} MB"
         lines.append(f"{name:20} {weights.meta['num_params']:>12,}   {what}")
     return "\n".join(lines)
 

@@ -7,15 +7,10 @@ from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
 
-from torch import nn
-
-from quick.cli import Parser, add_flags, expanded, flag, read_text, wrong_value
-from quick.data.holdout import share_of
-from quick.data.pictures import Pictures
+from quick.cli import USUAL, Parser, add_flags, expanded, flag, read_text
 from quick.errors import ConfigError, suggestion
-from quick.processes import Group
-from quick.run.optimizers import RATES, fitting_lr
 from quick.run.settings import SETTINGS, Config
+from quick.values import wrong_value
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "cifar_quick.toml"
 NAMES = tuple(key.name for key in SETTINGS)
@@ -23,31 +18,40 @@ PATHS = ("data", "labels", "data_dir", "weights", "log_dir")  # settings that na
 
 
 def parse_config(
-    parser: Parser, argv: list[str] | None, names: Collection[str] = NAMES
+    parser: Parser, argv: list[str] | None, names: Collection[str] = NAMES, resume: bool = False
 ) -> tuple[Config, dict, argparse.Namespace]:
     """Parse a script's flags: `--config`, the settings called `names`, and what the parser has already.
+
+    With `resume` there is `--resume` too, and the first group of `--help` has all that one needs.
 
     Returns the config file's settings overruled by the flags, only the settings that were given as flags, and all
     parsed values. Raises CallError for a wrong flag or file.
     """
-    parser.add_argument("--config", type=Path, help=f"TOML file with other defaults than {DEFAULT_CONFIG.name}'s")
+    what = f"TOML file of settings, which flags overrule (default: configs/{DEFAULT_CONFIG.name})"
+    usual = parser.group(USUAL)
+    usual.add_argument("--config", type=Path, metavar="FILE", help=what)
     # The file tells the defaults of the other flags, so it is read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path)
     try:
-        config = read_config(first.parse_known_args(argv)[0].config or DEFAULT_CONFIG)
-        add_flags(parser, [key for key in SETTINGS if key.name in names], config)
+        path = first.parse_known_args(argv)[0].config or DEFAULT_CONFIG
+        values = read_values(path)
+        add_flags(parser, [key for key in SETTINGS if key.name in names], values)
+        if resume:
+            what = "go on with this run, or without a name with the newest unfinished one"
+            usual.add_argument("--resume", nargs="?", const="", metavar="RUN", help=what)
+            usual.add_argument("-h", "--help", action="help", help="show this help and exit")
         # argparse leaves a value that is there already: what is still None afterwards was not given.
         args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        given = checked(given, called=flag)
+        given, config = checked(given, called=flag), config_of(values, path)
     except (ConfigError, argparse.ArgumentError) as error:
         parser.error(str(error))
     return replace(config, **given), given, args
 
 
-def read_config(path: Path) -> Config:
-    """The settings of a TOML file, on top of Config's own defaults; raises ConfigError."""
+def read_values(path: Path) -> dict:
+    """What a TOML file says, by the names of settings, unchecked; raises ConfigError."""
     try:
         content = tomllib.loads(read_text(path))
     except OSError as error:
@@ -57,7 +61,17 @@ def read_config(path: Path) -> Config:
     for name in content:
         if name not in NAMES:
             raise ConfigError(f"{path}: unknown key {name!r}{suggestion(name, NAMES)}")
-    return Config(**checked(content, called=lambda name: f"{path}: {name}"))
+    return content
+
+
+def config_of(values: dict, path: Path) -> Config:
+    """The settings that the TOML file at `path` says, on top of Config's own defaults; raises ConfigError."""
+    return Config(**checked(values, called=lambda name: f"{path}: {name}"))
+
+
+def read_config(path: Path) -> Config:
+    """The settings of a TOML file, on top of Config's own defaults; raises ConfigError."""
+    return config_of(read_values(path), path)
 
 
 def checked(values: dict, called: Callable[[str], str]) -> dict:
@@ -70,35 +84,6 @@ def checked(values: dict, called: Callable[[str], str]) -> dict:
         if key.name in values and (error := wrong_value(key, values[key.name])):
             raise ConfigError(f"{called(key.name)}: {error}")
     return values
-
-
-def check_together(config: Config, group: Group, own_networks: Collection[str]) -> None:
-    """Raise ConfigError for settings that are right alone and wrong together.
-
-    `own_networks` are the networks of model.py, which nobody has pretrained.
-    """
-    if config.batch_size < group.size * config.accumulate:
-        error = f"--batch-size {config.batch_size}: that is less than a picture for each of {group.size} processes"
-        raise ConfigError(error + (f" in {config.accumulate} pieces (--accumulate)" if config.accumulate > 1 else ""))
-    if bool(config.mean) != bool(config.std):
-        raise ConfigError("--mean and --std: give both or neither")
-    share_of(config.val_fraction, config.fold, config.folds)
-    if config.nesterov and not config.momentum:
-        raise ConfigError("--nesterov needs --momentum above 0; add --no-nesterov")
-    if config.model in own_networks and config.head == "append" and config.weights == "none":
-        raise ConfigError(f"--head append: an untrained {config.model} has no outputs to append to; add --weights FILE")
-    if config.freeze != "0" and config.weights == "none":
-        raise ConfigError(f"--freeze {config.freeze}: untrained stages would stay random; add --weights")
-    if config.warmup and config.schedule == "onecycle":
-        raise ConfigError("--warmup: --schedule onecycle has its own; add --schedule cosine, or --warmup 0")
-    if config.warmup >= config.epochs:
-        raise ConfigError(f"--warmup {config.warmup:g}: that is not below the {config.epochs} of --epochs")
-    if not config.lr and config.optimizer not in RATES:
-        raise ConfigError(f"--lr 0: no rate is known that fits {config.optimizer}; add --lr and a number")
-    if config.freeze == "all" and config.backbone_lr:
-        raise ConfigError("--backbone-lr: with --freeze all nothing but the head trains; add --backbone-lr 0")
-    if config.model == "cifar_quick" and config.batch_norm and config.batch_size == 1 and config.freeze != "all":
-        raise ConfigError("--batch-size 1: batch normalisation needs at least 2 pictures; add --no-batch-norm")
 
 
 def resolve(config: Config, pretrained: dict | None) -> Config:
@@ -136,12 +121,6 @@ def resolve(config: Config, pretrained: dict | None) -> Config:
             error = f"--weights {config.weights}: that network was trained otherwise"
             raise ConfigError(f"{error}; add {flag(name, value)}")
     return config
-
-
-def complete(config: Config, train_set: Pictures, network: nn.Module, own: bool) -> Config:
-    """Replace what is still "auto" by what the training pictures and the network say; `own`: it is one of model.py."""
-    lr = config.lr or fitting_lr(network, config, own)
-    return replace(config, mean=train_set.mean, std=train_set.std, levels=train_set.levels or (), lr=lr)
 
 
 def to_plain(config: Config) -> dict:

@@ -118,10 +118,11 @@ def print_evaluation(result: dict, classes: list[str], metrics: Iterable[str]) -
     A class without pictures has none; the means, below, are those of the others. `metrics` are the names of all that
     `result` has beside the loss.
     """
+    of = "" if result["split"] == "whole" else f"{result['split']} "
     scores = [f"loss {result['loss']:.4f}"]
-    scores += [f"{label} {result[name]:.2%}" for name, label in SHARES.items()]
+    scores += [f"{label} {result[name]:.1%}" for name, label in SHARES.items()]
     scores += [f"{name} {result[name]:.4f}" for name in metrics if name not in SHARES]
-    print("  ".join([*scores, f"{result['pictures']:,} pictures"]))
+    print("  ".join([*scores, f"{result['pictures']:,} {of}pictures"]))
     if sure := result.get("sure"):
         right = "" if sure["accuracy"] is None else f", {sure['accuracy']:.1%} of them right"
         print(f"sure, {sure['at_least']:.6g} or more: {sure['share']:.1%} of the pictures{right}")

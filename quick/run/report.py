@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from quick.cli import flag, log, quoted
+from quick.cli import flag, how_to_see, log, quoted
 from quick.data.doctor import unbalanced
 from quick.data.pictures import Pictures
 from quick.processes import Group
@@ -13,13 +13,19 @@ from quick.run.folder import RunFolder
 from quick.run.settings import Config
 from quick.run.state import TrainState
 
+IN_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FEW = 50  # held-out pictures: below that, one more or less moves the accuracy by over 2 points
 
 
 def print_start(
-    config: Config, sets: Sequence[Pictures], network: nn.Module, device: torch.device, group: Group
+    config: Config,
+    sets: Sequence[Pictures],
+    network: nn.Module,
+    device: torch.device,
+    precision: torch.dtype,
+    group: Group,
 ) -> None:
-    """In one line: the pictures, the network and its weights, the device and how many processes.
+    """In one line: the pictures, the network and its weights, the device, the precision and how many processes.
 
     In others, where few pictures are held out, or some classes have many more pictures than others.
     """
@@ -32,9 +38,9 @@ def print_start(
     if config.weights != "none":
         what += f", from {config.weights}"
     where = f"{group.size} processes, this one on {device}" if group.size > 1 else device
-    log.info(f"{config.data}: {sizes} pictures; {what}; {where}")
+    log.info(f"{config.data}: {sizes} pictures; {what}; {where}, {IN_SHORT[precision]}")
     if (held_out := len(sets[1])) < FEW and not config.limit:
-        what = f"only {held_out} {sets[1].split} pictures: one more or less moves the accuracy by {1 / held_out:.0%}"
+        what = f"only {held_out} {sets[1].split} pictures: one more or less moves the accuracy by {1 / held_out:.1%}"
         log.info(f"{what} (docs/recipes.md, Cross-validation, uses all in turn)")
     if line := unbalanced(sets):
         hint = "--balance 1 lets all classes count the same"
@@ -65,7 +71,7 @@ def print_result(run: RunFolder, state: TrainState, config: Config) -> None:
         chosen = f" by macro F1 {best[f'{split}_f1']:.1%}"
     result = f"{split} accuracy {best[f'{split}_accuracy']:.1%} (chosen on the {split} pictures)"
     if "val_accuracy" in best and "test_accuracy" in best:
-        result = f"validation accuracy {best['val_accuracy']:.1%}, test accuracy {best['test_accuracy']:.1%}"
+        result = f"val accuracy {best['val_accuracy']:.1%}, test accuracy {best['test_accuracy']:.1%}"
     print(f"best: epoch {best['epoch']}{chosen}, {result}")
     last = "test" if "test_accuracy" in best else split  # what was evaluated last
     balanced = best.get(f"{last}_balanced_accuracy")  # runs of an earlier version have none
@@ -73,5 +79,5 @@ def print_result(run: RunFolder, state: TrainState, config: Config) -> None:
         print(f"each class counted the same: balanced accuracy {balanced:.1%}, macro F1 {best[f'{last}_f1']:.1%}")
     if state.mistakes:
         print(f"most mistaken: {', '.join(state.mistakes)}")
-    print(f"python predict.py YOUR_PICTURE --checkpoint {quoted(run.path / 'best.pt')}")
-    print(f"tensorboard --logdir {quoted(config.log_dir)}")
+    print(f"next: python predict.py YOUR_PICTURE --checkpoint {quoted(run.path / 'best.pt')}")
+    print(how_to_see(config.log_dir))

@@ -15,11 +15,12 @@ from quick.data.pictures import BUILT_IN, Pictures
 from quick.errors import CheckpointError, ConfigError, DataError, reason, suggestion
 from quick.processes import Group
 from quick.run.checks import OTHER_VERSION, check_momentum, is_history, wrong_training
-from quick.run.config import check_together, checked, read_config, resolve
+from quick.run.config import checked, read_config, resolve
 from quick.run.files import INTERRUPTED, epoch_file, epoch_files, is_empty, job_line
 from quick.run.folder import RunFolder
 from quick.run.history import History
 from quick.run.manifest import PICTURES, Manifest, make_manifest, other_pictures, taken_otherwise
+from quick.run.rules import check_together
 from quick.run.settings import Config
 from quick.run.state import TrainState, run_steps
 

@@ -3,15 +3,26 @@
 import re
 from dataclasses import dataclass, fields
 
-from quick.checkpoints import FITS, INTERPOLATIONS, LOSSES, TTA
-from quick.cli import bad_folder, setting
+from quick.choices import LOSSES, PRECISIONS, STEMS, TTA
+from quick.cli import USUAL, setting
 from quick.data.augment import Augment
-from quick.nets.activations import ACTIVATIONS
-from quick.nets.pretrained import STEMS
-from quick.run.optimizers import OPTIMIZERS
+from quick.data.source import Source
+from quick.values import bad_folder
 
 BEST = ("accuracy", "f1", "loss")
-GROUPS = ("data", "augmentation", "network", "recipe", "machine", "run")  # headings of --help, in this order
+GROUPS = (USUAL, "data", "augmentation", "network", "recipe", "machine", "run")  # headings of --help, in this order
+
+
+def activations() -> tuple[str, ...]:
+    from quick.nets.activations import ACTIVATIONS  # imports PyTorch, for which --help does not wait
+
+    return ("auto", *ACTIVATIONS)
+
+
+def optimizers() -> tuple[str, ...]:
+    from quick.run.optimizers import OPTIMIZERS  # as above
+
+    return tuple(OPTIMIZERS)
 
 
 def bad_freeze(value: str) -> str | None:
@@ -21,141 +32,79 @@ def bad_freeze(value: str) -> str | None:
     return f"{value!r} is neither a number of stages nor all"
 
 
-def bad_levels(value: tuple) -> str | None:
-    """Why these are no values for --levels, in words; None when they are."""
-    return None if not value or value[0] < value[1] else f"{list(value)} are not two numbers, the lower one first"
-
-
 @dataclass(frozen=True)
-class Config(Augment):
-    """Every setting of a run; those of Augment belong to it too."""
+class Config(Source, Augment):
+    """Every setting of a run; those of Source and Augment belong to it too."""
 
-    data: str = setting("data", "cifar10", "cifar10, shapes, or a folder of pictures")
-    labels: str = setting(
-        "data",
-        "",
-        "a table (CSV: file,label) that says the classes of the pictures in the folder of --data, wherever they are",
-        metavar="FILE",
-    )
-    data_dir: str = setting("data", "data", "where downloads live", resumable=True)
-    data_url: str = setting("data", "", "download CIFAR-10 from here, not from its known mirrors", resumable=True)
-    strict: bool = setting("data", False, "stop at bad files instead of leaving them out")
-    image_size: int = setting(
-        "data",
-        0,
-        "side of the network's pictures, in pixels; 0: as --weights had it, else 32",
-        at_least=0,
-        at_most=4096,
-        auto=True,
-    )
-    resize: int = setting(
-        "data",
-        0,
-        "pixels of the shorter side before the middle is cut out; 0: like image_size",
-        at_least=0,
-        at_most=4096,
-        auto=True,
-    )
-    interpolation: str = setting(
-        "data",
-        "auto",
-        "how pictures are resized; auto: as --weights had it",
-        choices=("auto", *INTERPOLATIONS),
-        auto=True,
-    )
-    fit: str = setting(
-        "data",
-        "auto",
-        "how pictures become squares: cut the middle out, pad with grey, or squash; auto: as --weights had it",
-        choices=("auto", *FITS),
-        auto=True,
-    )
-    limit: int = setting(
-        "data", 0, "take the first N pictures of each split, classes balanced: a quick try", at_least=0
-    )
-    val_fraction: float = setting(
-        "data", 0.0, "hold this share of training out, choose the best epoch on it, test once", at_least=0, below=1
-    )
-    fold: int = setting(
-        "data", 0, "hold this one of --folds out, from 1 on, in place of a fraction", at_least=0, metavar="K"
-    )
-    folds: int = setting(
-        "data", 0, "parts that are held out in turn, one in each of so many runs", at_least=0, metavar="N"
-    )
-    mean: tuple = setting(
-        "data",
-        (),
-        "means of the three channels, of pixels in [0, 1]; (): as --weights has them, else measured",
-        auto=True,
-    )
-    std: tuple = setting("data", (), "standard deviations of the three channels; (): like mean", above=0, auto=True)
-    levels: tuple = setting(
-        "data",
-        (),
-        "of pixels wider than 8 bits, the values that become black and white; (): as --weights has them, else found",
-        check=bad_levels,
-        metavar=("LOW", "HIGH"),
-        auto=True,
-    )
-    shuffle: bool = setting("data", True, "take the pictures in a new order in every epoch")
-
-    model: str = setting("network", "cifar_quick", "the network; python model.py --list names all")
-    batch_norm: bool = setting("network", True, "cifar_quick: batch normalisation in every stage")
+    model: str = setting(USUAL, "cifar_quick", "name of the network; python model.py --list tells all")
+    batch_norm: bool = setting("network", True, "batch normalisation in every stage of cifar_quick")
     sync_bn: bool = setting(
-        "network", False, "batch normalisation by the pictures of all processes; else by those of each process"
+        "network", False, "batch normalisation by the pictures of all processes, not by those of each alone"
     )
     activation: str = setting(
         "network",
         "auto",
-        "activation of our own networks; auto: the one that each does best with",
-        choices=("auto", *ACTIVATIONS),
+        "activation of our own networks: none, relu, gelu, silu or sigmoid",
+        means="the one that each does best with",
+        choices=activations,
         auto=True,
     )
-    width: float = setting("network", 1.0, "fast: how many times as many channels", above=0, at_most=64)
+    width: float = setting("network", 1.0, "multiply the channels of the network fast by this", above=0, at_most=64)
     whiten: bool = setting(
-        "network", False, "the first convolution starts as whitening filters, if there are no --weights"
+        "network", False, "start the first convolution from whitening filters, if no weights are loaded"
     )
     stem: str = setting(
         "network",
         "standard",
-        "first layers of torchvision's networks; small: they keep the size of small pictures",
+        "first layers of torchvision's networks; small ones keep the size of small pictures",
         choices=STEMS,
     )
-    weights: str = setting("network", "none", "start from: none, imagenet, or a checkpoint")
+    weights: str = setting(
+        USUAL, "none", "weights to start from: none, imagenet, or those of a checkpoint", metavar="SOURCE"
+    )
     head: str = setting(
         "network",
         "auto",
-        "replace the last layer, or append one behind it; auto: replace, unless --weights has the same classes",
+        "replace the last layer, or append one behind it",
+        means="replace, unless the weights have the same classes",
         choices=("auto", "replace", "append"),
     )
     freeze: str = setting(
         "network",
         "0",
-        "keep the weights of the first N stages, or with all those of everything but the head",
+        "number of first stages that keep their weights; all: everything but the head keeps them",
         check=bad_freeze,
+        metavar="N",
     )
 
-    epochs: int = setting("recipe", 10, "passes over the training pictures", at_least=1, resumable=True)
-    batch_size: int = setting("recipe", 64, "pictures in each step, over all processes", at_least=1)
+    epochs: int = setting(USUAL, 10, "passes over the training pictures", at_least=1, resumable=True)
+    batch_size: int = setting(USUAL, 64, "pictures in each step, over all processes", at_least=1)
     accumulate: int = setting(
-        "recipe", 1, "work on each batch in so many pieces, one after the other, which takes less memory", at_least=1
+        "recipe", 1, "pieces of each batch, worked on one after the other, which takes less memory", at_least=1
     )
     optimizer: str = setting(
         "recipe",
         "sgd",
-        "sgd; adamw; or muon: the weights of hidden layers get orthogonal steps, all others SGD",
-        choices=OPTIMIZERS,
+        "optimizer: sgd, adamw, or muon (orthogonal steps for hidden layers, SGD for all else)",
+        choices=optimizers,
     )
     lr: float = setting(
-        "recipe",
+        USUAL,
         0.0,
-        "highest learning rate; 0: what fits optimizer, network, weights and what is frozen",
+        "highest learning rate",
+        means="what fits optimizer, network, weights and what is frozen",
         at_least=0,
         auto=True,
+        metavar="RATE",
     )
-    muon_lr: float = setting("recipe", 0.05, "highest learning rate of Muon's orthogonal steps", above=0)
+    muon_lr: float = setting("recipe", 0.05, "highest learning rate of Muon's steps", above=0, metavar="RATE")
     backbone_lr: float = setting(
-        "recipe", 0.0, "highest learning rate of what SGD or AdamW trains before the head; 0: like lr", at_least=0
+        "recipe",
+        0.0,
+        "highest learning rate of what SGD or AdamW trains before the head",
+        means="that of the head",
+        at_least=0,
+        metavar="RATE",
     )
     schedule: str = setting(
         "recipe",
@@ -166,12 +115,13 @@ class Config(Augment):
     warmup: float = setting(
         "recipe",
         0.0,
-        "epochs in which cosine and constant first rise in a straight line: this share of the run's steps",
+        "epochs in which the learning rate of cosine and constant first rises in a straight line",
+        means="none",
         at_least=0,
         metavar="EPOCHS",
     )
     momentum: float = setting("recipe", 0.0, "momentum of SGD and Muon; AdamW's is 0.9", at_least=0, below=1)
-    nesterov: bool = setting("recipe", False, "Nesterov's momentum")
+    nesterov: bool = setting("recipe", False, "use Nesterov's momentum")
     weight_decay: float = setting(
         "recipe", 0.0, "weight decay of matrices; biases and normalisation have none", at_least=0
     )
@@ -179,34 +129,43 @@ class Config(Augment):
         "recipe", "cross_entropy", "loss function; mse and l1 compare with one-hot labels", choices=LOSSES
     )
     label_smoothing: float = setting(
-        "recipe", 0.0, "share of each label that is given to all classes evenly", at_least=0, below=1
+        "recipe", 0.0, "share of each label that is given to all classes evenly", at_least=0, below=1, metavar="SHARE"
     )
     balance: float = setting(
         "recipe",
         0.0,
-        "how much more the pictures of small classes weigh in the training loss; 1: all classes weigh the same",
+        "how much more small classes weigh in the training loss, up to 1: all classes weigh the same",
         at_least=0,
         at_most=1,
     )
     hardest: float = setting(
         "recipe",
         1.0,
-        "share of the pictures, the hardest ones, on which the second half of the run trains",
+        "train the second half of the run on this share of the pictures alone, its hardest ones",
+        means="all",
         above=0,
         at_most=1,
+        metavar="SHARE",
     )
-    clip_grad: float = setting("recipe", 0.0, "shorten gradients that are longer than this; 0: never", at_least=0)
+    clip_grad: float = setting("recipe", 0.0, "shorten gradients that are longer than this", means="never", at_least=0)
     tta: str = setting(
         "recipe", "none", "test-time augmentation: also look at mirror images, or also at shifted ones", choices=TTA
     )
-    seed: int = setting("recipe", 0, "seed of initialisation, order and augmentation", at_least=0, at_most=2**63 - 1)
+    seed: int = setting(
+        "recipe", 0, "random seed of first weights, order and augmentation", at_least=0, at_most=2**63 - 1
+    )
 
-    device: str = setting("machine", "auto", "auto, cpu, cuda, cuda:1 or mps", resumable=True)
+    device: str = setting("machine", "auto", "where to compute: auto, cpu, cuda, cuda:1 or mps", resumable=True)
     precision: str = setting(
-        "machine", "auto", "precision of the forward pass", choices=("auto", "fp32", "bf16", "fp16"), resumable=True
+        "machine",
+        "auto",
+        "number format of the forward pass",
+        means="bf16 where the hardware computes in it, else fp32",
+        choices=PRECISIONS,
+        resumable=True,
     )
     workers: int = setting(
-        "machine", -1, "processes that read picture files; -1: one for each core", at_least=-1, resumable=True
+        "machine", -1, "processes that read picture files", means="one for each core", at_least=-1, resumable=True
     )
     memory_share: float = setting(
         "machine",
@@ -215,32 +174,51 @@ class Config(Augment):
         at_least=0,
         at_most=1,
         resumable=True,
+        metavar="SHARE",
     )
     cache: bool = setting(
         "machine", False, "keep pictures that are streamed resized on the disk: they are decoded once", resumable=True
     )
     timeout: float = setting(
-        "machine", 600.0, "seconds that processes wait for each other", above=0, at_most=10**6, resumable=True
+        "machine",
+        600.0,
+        "how long processes wait for each other",
+        above=0,
+        at_most=10**6,
+        resumable=True,
+        metavar="SECONDS",
     )
-    compile: bool = setting("machine", False, "torch.compile: slow to start, faster on GPUs", resumable=True)
+    compile: bool = setting("machine", False, "use torch.compile: slow to start, faster on GPUs", resumable=True)
     deterministic: bool = setting(
-        "machine", False, "the same bits each time, on GPUs too; slower there", resumable=True
+        "machine", False, "compute the same bits each time, on GPUs too; slower there", resumable=True
     )
 
-    log_dir: str = setting("run", "logs", "where run folders live", resumable=True)
+    log_dir: str = setting("run", "logs", "folder in which each run gets its own", resumable=True, metavar="FOLDER")
     views: bool = setting(
-        "run", True, "pictures, and a PR curve for each class, in TensorBoard beside the scalars", resumable=True
+        "run", True, "show pictures, and a PR curve for each class, in TensorBoard beside the curves", resumable=True
     )
     view_every: int = setting(
-        "run", 0, "epochs between two sets of pictures; 0: ten times in the run", at_least=0, resumable=True
+        "run",
+        0,
+        "epochs from one set of pictures in TensorBoard to the next",
+        means="ten sets in the run",
+        at_least=0,
+        resumable=True,
     )
-    histograms: bool = setting("run", False, "views: how weights and gradients are distributed", resumable=True)
+    histograms: bool = setting(
+        "run", False, "show in TensorBoard how weights and gradients are distributed", resumable=True
+    )
     embedding: bool = setting(
-        "run", False, "views: 1,000 test pictures in the projector, by the last hidden layer", resumable=True
+        "run",
+        False,
+        "show 1,000 test pictures in TensorBoard's projector, placed by the last hidden layer",
+        resumable=True,
     )
     quiet: bool = setting("run", False, "no progress bars and no notes; problems are still named", resumable=True)
-    run_name: str = setting("run", "", "the run's folder; date, time and network if not given", check=bad_folder)
-    keep: int = setting("run", 0, "checkpoints to keep beside best.pt, the newest; 0: all", at_least=0, resumable=True)
+    run_name: str = setting("run", "", "name of the run's folder", means="date, time and network", check=bad_folder)
+    keep: int = setting(
+        "run", 0, "newest checkpoints that are kept, beside best.pt", means="all", at_least=0, resumable=True
+    )
     best: str = setting(
         "run",
         "accuracy",
@@ -250,14 +228,16 @@ class Config(Augment):
     patience: int = setting(
         "run",
         0,
-        "stop when so many epochs brought none that is better, as --best says; 0: never",
+        "end the run when so many epochs brought none that is better, as --best says",
+        means="never",
         at_least=0,
         resumable=True,
     )
     time_limit: float = setting(
         "run",
         0.0,
-        "save and end after this many minutes, as after Ctrl-C; 0: no limit",
+        "save and end after this time, as after Ctrl-C",
+        means="no limit",
         at_least=0,
         metavar="MINUTES",
         resumable=True,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from quick.data.augment import Augment, Draws, augment_images, augments
+from quick.data.augment import Augment, augment_images, augments
+from quick.data.transforms import Draws
 from quick.run.settings import Config
 
 FILL = torch.full((1, 3, 1, 1), 77, dtype=torch.uint8)

@@ -290,12 +290,12 @@ def test_a_run_trains_resumes_and_is_evaluated_by_its_table(tmp_path, capsys, mo
     monkeypatch.chdir(tmp_path / "elsewhere")
     capsys.readouterr()
     assert predict.cli(["--evaluate", str(root), "--checkpoint", best]) == 0
-    assert capsys.readouterr().err == f"{root}: the held-out pictures, {held}\n"
+    assert capsys.readouterr().err == f"{root}: {held} val pictures\n"
     other = tmp_path / "other"
     shutil.copytree(root, other, ignore=shutil.ignore_patterns("*.csv"))
     path = table(tmp_path, "file;label", *(row.replace(",", ";") for row in rows), name="other.csv")
     assert predict.cli(["--evaluate", str(other), "--labels", str(path), "--checkpoint", best]) == 0
-    assert capsys.readouterr().err == f"{other}: all pictures, 24\n"
+    assert capsys.readouterr().err == f"{other}: all 24 pictures\n"
     assert predict.cli(["--evaluate", str(other), "--checkpoint", best]) == 1
     assert "or a table of them with --labels FILE" in capsys.readouterr().err
     assert predict.cli([str(other), "--labels", str(path), "--checkpoint", best]) == 2

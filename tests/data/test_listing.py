@@ -171,7 +171,7 @@ def test_training_chooses_on_val_and_tests_once(tmp_path, capsys):
     flags = "--epochs 2 --batch-size 10 --device cpu --no-views --run-name a --log-dir".split()
     assert train.cli(["--data", str(tmp_path / "data"), *flags, str(tmp_path)]) == 0
     said = capsys.readouterr()
-    assert "20 train, 10 val, 6 test pictures" in said.err and "validation accuracy" in said.out
+    assert "20 train, 10 val, 6 test pictures" in said.err and ", val accuracy " in said.out
 
 
 def test_broken_folders_are_named(tmp_path):

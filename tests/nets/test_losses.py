@@ -107,7 +107,7 @@ def test_confusion_is_counted_and_put_into_words():
     shares = torch.eye(3)[torch.tensor([0, 0, 1, 1, 2, 2])]
     counts = losses.confusion_counts(shares, torch.tensor([0, 1, 1, 1, 2, 0]))
     assert counts.tolist() == [[1, 0, 1], [1, 2, 0], [0, 0, 1]] and counts.dtype == torch.int64
-    assert losses.worst_pairs(counts, ["cat", "dog", "fox"]) == ["cat taken for fox 50 %", "dog taken for cat 33 %"]
+    assert losses.worst_pairs(counts, ["cat", "dog", "fox"]) == ["cat taken for fox 50.0%", "dog taken for cat 33.3%"]
     assert losses.worst_pairs(torch.eye(3).long(), ["cat", "dog", "fox"]) == []
 
 

@@ -29,7 +29,8 @@ from quick.cli import flag
 from quick.errors import CallError
 from quick.nets.transfer import stages
 from quick.processes import Group
-from quick.run.config import check_together, resolve
+from quick.run.config import resolve
+from quick.run.rules import check_together
 from quick.run.settings import Config
 
 FEW, FEW_IN_GROUPS = 6, 4  # of the runs, which cover most pairs; in groups without the slow GoogLeNet, the first

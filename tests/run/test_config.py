@@ -1,5 +1,6 @@
 """Settings: the config file, the flags, what both may say, and what pretrained weights fill in."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ from conftest import ROOT
 
 import train
 from quick.errors import ConfigError
+from quick.nets.activations import ACTIVATIONS
 from quick.run.config import as_toml, read_config, resolve
-from quick.run.settings import Config
+from quick.run.optimizers import OPTIMIZERS
+from quick.run.settings import GROUPS, SETTINGS, Config
 
 # ---- files and flags ----
 
@@ -37,27 +40,58 @@ def test_the_home_folder_is_filled_in(tmp_path, monkeypatch):
     (tmp_path / "a.toml").write_text('data = "~/photos"\nlog_dir = "~/logs"\nrun_name = "~"')
     config = read_config(tmp_path / "a.toml")
     assert Path(config.data) == tmp_path / "photos" and Path(config.log_dir) == tmp_path / "logs"
-    assert config.run_name == "~" and train.parse(["--weights=~/best.pt"])[0].weights == str(tmp_path / "best.pt")
+    assert config.run_name == "~" and train.parse_train(["--weights=~/best.pt"])[0].weights == str(tmp_path / "best.pt")
 
 
 def test_flags_overrule_the_config_file(tmp_path):
     (tmp_path / "my.toml").write_text("lr = 1\nepochs = 7\nflip = true")
-    config = train.parse(["--config", str(tmp_path / "my.toml"), "--epochs", "3", "--no-flip"])[0]
+    config = train.parse_train(["--config", str(tmp_path / "my.toml"), "--epochs", "3", "--no-flip"])[0]
     assert (config.lr, config.epochs, config.flip) == (1, 3, False)
 
 
-def test_help_shows_groups_and_the_configs_defaults(capsys):
+def help_of(argv: list[str], capsys) -> dict[str, str]:
+    """What `python train.py --help` prints, by its headings, the lines of each joined to one."""
     with pytest.raises(SystemExit) as stop:
-        train.main(["--config", str(ROOT / "configs" / "tutorial.toml"), "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "what is frozen (default: 0.01)" in text
-    for group in ("data:", "network:", "recipe:", "machine:", "run:"):
-        assert f" {group} " in text
-    assert all(f"--{name.replace('_', '-')}" in text for name in Config.__dataclass_fields__)
+        train.main([*argv, "--help"])
+    assert stop.value.code == 0
+    _, *parts = re.split(r"\n\n([a-z ]+):\n", capsys.readouterr().out)
+    return {heading: " ".join(part.split()) for heading, part in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def test_help_shows_groups_and_the_configs_defaults(capsys):
+    found = help_of(["--config", str(ROOT / "configs" / "tutorial.toml")], capsys)
+    assert [*found] == [*GROUPS, "examples"]
+    rate = "highest learning rate (default: 0.01; 0 = what fits optimizer, network, weights and what is frozen)"
+    assert rate in found["most used"]
+    assert all(f"--{name.replace('_', '-')}" in str(found) for name in Config.__dataclass_fields__)
+
+
+def test_help_begins_with_the_eight_flags_that_one_needs_and_ends_with_examples(capsys, monkeypatch):
+    found = help_of([], capsys)
+    usual = "--config --data --model --weights --epochs --batch-size --lr --resume --help".split()
+    assert re.findall(r"--[a-z-]+", found["most used"].replace("python model.py --list", "")) == usual
+    assert not re.search(r"default: (\)|\(|None|True|False)", str(found))
+    examples = found["examples"].split("python train.py ")[1:]
+    monkeypatch.chdir(ROOT)
+    configs = [train.parse_train(flags.split())[0] for flags in examples]
+    assert [(config.data, config.weights) for config in configs] == [("shapes", "none"), ("FOLDER", "imagenet")]
+
+
+def test_help_is_in_phrases_of_their_own():
+    for key in SETTINGS:
+        phrase = key.metadata["help"]
+        assert len(phrase.split()) > 2 or key.name == "lr", key.name
+        assert not re.match(r"(of|for|like|as|the same|with|also)\b", phrase), phrase
+        assert phrase[0].islower() and not phrase.endswith(".")
+
+
+def test_help_names_all_optimizers_and_activations():
+    texts = {key.name: re.findall(r"\w+", key.metadata["help"]) for key in SETTINGS}
+    assert set(OPTIMIZERS) <= set(texts["optimizer"]) and set(ACTIVATIONS) <= set(texts["activation"])
 
 
 def test_nothing_is_filled_in_without_weights():
-    config = resolve(train.parse([])[0], pretrained=None)
+    config = resolve(train.parse_train([])[0], pretrained=None)
     assert (config.image_size, config.resize, config.interpolation, config.fit) == (32, 32, "bilinear", "crop")
     assert config.mean == ()  # to be measured
 
@@ -72,10 +106,10 @@ def test_how_pictures_become_squares_is_that_of_the_weights():
         (weights | {"resize": 64, "fit": "pad"}, "--fit crop --resize 70", (70, "crop")),
         (weights | {"resize": 64, "fit": "pad"}, "--image-size 32", (32, "pad")),
     ):
-        config = resolve(train.parse(flags.split())[0], pretrained=source)
+        config = resolve(train.parse_train(flags.split())[0], pretrained=source)
         assert (config.resize, config.fit) == expected
     with pytest.raises(ConfigError, match="--resize 80: --fit pad cuts no middle out; add --resize 0 or --fit crop"):
-        resolve(train.parse("--fit pad --resize 80".split())[0], pretrained=None)
+        resolve(train.parse_train("--fit pad --resize 80".split())[0], pretrained=None)
 
 
 # ---- wrong settings ----
@@ -149,7 +183,7 @@ MISTAKES = [
     ("--fold 2 --folds 100 --limit 50 --data shapes", "--fold 2 --folds 100 of 50 pictures leaves too few"),
     ("--rotate 181", "--rotate: 181.0 is not at most 180"),
     ("--rotate -1", "--rotate: -1.0 is not at least 0"),
-    ("--loss hinge", "argument --loss: invalid choice: 'hinge'"),
+    ("--loss hinge", "--loss: 'hinge' is not one of cross_entropy, mse, l1"),
     ("--schedule", "argument --schedule: expected one argument"),
     ("--epoch 3", "unknown flag --epoch; did you mean --epochs?"),
     ("--weigth-decay=3", "unknown flag --weigth-decay=3; did you mean --weight-decay?"),

@@ -24,7 +24,7 @@ from quick.nets.transfer import HeadOnly, freeze
 from quick.run.evaluation import outputs_of_set
 from quick.run.settings import Config
 from quick.run.state import TrainState
-from train import parse, train_step
+from train import parse_train, train_step
 
 COUNT = 1200  # pictures
 
@@ -79,7 +79,7 @@ def weights_of(node) -> list[torch.Tensor]:
 
 
 def a_run(flags: list[str], device: torch.device, store: object) -> tuple[TrainState, Config, Pictures]:
-    config, _, _ = parse(["--lr", "0.1", *flags])
+    config, _, _ = parse_train(["--lr", "0.1", *flags])
     labels = torch.zeros(COUNT, dtype=torch.int64, device=device)
     classes = [str(number) for number in range(10)]
     pictures = Pictures(store, labels, classes, "train", mean=(0.5,) * 3, std=(0.2,) * 3)

@@ -13,10 +13,10 @@ import model
 from quick.errors import ConfigError
 from quick.nets import losses
 from quick.processes import Group
-from quick.run.config import check_together, complete
 from quick.run.optimizers import OPTIMIZERS, Muon, orthogonal
+from quick.run.rules import check_together, complete
 from quick.run.settings import Config
-from train import lr_share, parse, train_step
+from train import lr_share, parse_train, train_step
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_adamw_is_torchs_with_decay_of_weights_alone(network, batch):
 )
 def test_without_a_rate_a_run_gets_one_that_fits(flags, lr, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = parse(flags.split())[0]
+    config = parse_train(flags.split())[0]
     options = model.config_options(replace(config, weights="none", head="replace"), 10)
     network = model.create_empty(config.model, options)
     pictures = SimpleNamespace(mean=(0.5,) * 3, std=(0.2,) * 3, levels=None)

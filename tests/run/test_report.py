@@ -29,15 +29,19 @@ def events(run):
 
 
 def test_what_is_printed(tmp_path, capsys):
-    assert train.cli([*QUICK, str(tmp_path / "my logs"), "--epochs", "2"]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == 6 and all(len(line) <= 100 for line in out[:2])
+    assert train.cli([*QUICK, str(tmp_path / "my logs"), *"--epochs 2 --precision fp32".split()]) == 0
+    said = capsys.readouterr()
+    first = "shapes: 200 train, 200 test pictures; cifar_quick: 145,770 parameters; cpu, fp32"
+    assert said.err.splitlines()[0] == first
+    out = said.out.splitlines()
+    assert len(out) == 7 and all(len(line) <= 100 for line in out[:2])
     assert out[0].startswith("epoch 1/2  train loss ") and out[0].endswith("  <- best")
     assert out[2].startswith("best: epoch ") and out[2].endswith("(chosen on the test pictures)")
     best = tmp_path / "my logs" / "a" / "best.pt"
-    assert re.fullmatch(r"most mistaken: (\w+ taken for \w+ \d+ %(, )?){3}", out[3])
-    assert out[4] == f"python predict.py YOUR_PICTURE --checkpoint {quoted(best)}" and best.exists()
-    assert out[5] == f"tensorboard --logdir {quoted(tmp_path / 'my logs')}"
+    assert re.fullmatch(r"most mistaken: (\w+ taken for \w+ \d+\.\d%(, )?){3}", out[3])
+    assert out[4] == f"next: python predict.py YOUR_PICTURE --checkpoint {quoted(best)}" and best.exists()
+    assert out[5] == f"next: tensorboard --logdir {quoted(tmp_path / 'my logs')}"
+    assert out[6] == "then open http://localhost:6006"
 
 
 def test_a_folder_of_unequal_classes_is_told_and_the_scores_that_count_classes_the_same(tmp_path, capsys):
@@ -50,7 +54,7 @@ def test_a_folder_of_unequal_classes_is_told_and_the_scores_that_count_classes_t
     flags = f"--data {tmp_path / 'data'} --epochs 1 --lr 1e-9 --no-views --device cpu --log-dir {tmp_path}".split()
     assert train.cli(flags) == 0
     found = capsys.readouterr()
-    assert "only 11 test pictures: one more or less moves the accuracy by 9% (docs/recipes.md, Cross-" in found.err
+    assert "only 11 test pictures: one more or less moves the accuracy by 9.1% (docs/recipes.md, Cross-" in found.err
     assert f"{said}; --balance 1 lets all classes count the same\n" in found.err
     [metrics] = [json.loads(path.read_text()) for path in tmp_path.glob("*/metrics.jsonl")]
     balanced, f1 = metrics["test_balanced_accuracy"], metrics["test_f1"]

@@ -375,7 +375,7 @@ STRANGE = {
     "totals      ": [1],
     "totals       ": torch.zeros(3),
     "scaler": {"scale": nested(9)},
-    "mistakes ": ["cat taken for dog 14 %"] * 1000,
+    "mistakes ": ["cat taken for dog 14.3%"] * 1000,
     "mistakes  ": ["x" * 10**5],
     "history    ": {"columns": {"epoch": torch.ones(1, dtype=torch.int64).expand(2)}, "earlier": 0},
     "history     ": {"columns": {"epoch": torch.arange(1, 3)}, "earlier": 0},

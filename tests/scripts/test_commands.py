@@ -17,7 +17,7 @@ def test_train_then_predict_then_evaluate(script, tmp_path, monkeypatch, capsys)
     trained = script("train.py", *run)
     assert trained.returncode == 0, trained.stderr
     lines = trained.stdout.splitlines()
-    assert len(lines) == 6 and lines[1].startswith("epoch 2/2")
+    assert len(lines) == 7 and lines[1].startswith("epoch 2/2")
     assert trained.stderr.count("\n") == 1 and "200 train, 200 test pictures" in trained.stderr  # no bar in a pipe
     noisy((90, 90, 90), 0).save(tmp_path / "dog.png")
 
@@ -25,9 +25,9 @@ def test_train_then_predict_then_evaluate(script, tmp_path, monkeypatch, capsys)
     assert predict.cli(["dog.png"]) == 0
     guessed, said = capsys.readouterr()
     assert guessed.startswith("dog.png  ") and guessed.count("%") == 3 and said.startswith("checkpoint: logs")
-    assert predict.cli(["dog.png", *lines[4].split()[3:]]) == 0  # the command that train.py printed
+    assert predict.cli(["dog.png", *lines[4].split()[4:]]) == 0  # the command that train.py printed
     assert capsys.readouterr() == (guessed, "")
-    assert predict.cli(["--evaluate", "shapes"]) == 0 and "1,000 pictures" in capsys.readouterr().out
+    assert predict.cli(["--evaluate", "shapes"]) == 0 and "1,000 test pictures" in capsys.readouterr().out
 
 
 @pytest.mark.expensive
@@ -51,6 +51,24 @@ def test_every_script_explains_itself(monkeypatch, capsys):
 
 
 # ---- what is loaded ----
+
+
+def test_help_and_wrong_flags_are_answered_before_pytorch_is_loaded():
+    code = """if True:
+        import runpy, sys
+        for name in ("device", "datasets", "model", "train", "predict"):
+            for flags in (["--help"], ["--epoch", "3"], ["--config", "configs/fast.toml", "--help"]):
+                sys.argv = [f"{name}.py", *flags]
+                try:
+                    runpy.run_path(f"{name}.py", run_name="__main__")
+                except SystemExit as stop:
+                    assert stop.code == (0 if "--help" in flags else 2), (name, flags)
+                assert not {"torch", "numpy", "PIL"} & set(sys.modules), (name, flags)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = [line.partition("; did you mean ")[0] for line in done.stderr.splitlines()]
+    assert said == [f"{name}.py: unknown flag --epoch" for name in ("device", "datasets", "model", "train", "predict")]
 
 
 def test_no_script_works_on_import_and_predicting_loads_no_more_than_it_needs(colour_run, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import datasets
+from quick.cli import quoted
 from quick.data import doctor
 from quick.data.augment import Augment
 from quick.data.pictures import denormalize
@@ -130,8 +131,10 @@ def test_the_script_counts_what_is_held_out_once(colour_folder, capsys):
     assert "memory    0.3 MB" in out and "copies    0 val pictures are in train too\n" in out
 
 
-def test_the_script_shows_samples_in_tensorboard(colour_folder, tmp_path):
+def test_the_script_shows_samples_in_tensorboard(colour_folder, tmp_path, capsys):
     datasets.main(["--data", str(colour_folder), "--log-dir", str(tmp_path)])
+    *_, command, address = capsys.readouterr().out.splitlines()
+    assert (command, address) == (f"next: tensorboard --logdir {quoted(tmp_path)}", "then open http://localhost:6006")
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["images"] == ["samples/1 before augmentation", "samples/2 after augmentation"]
     before = Image.open(io.BytesIO(events.Images("samples/1 before augmentation")[0].encoded_image_string))

@@ -41,7 +41,7 @@ def imagenet(tmp_path, monkeypatch):
 
 def resolved(*flags: str) -> Config:
     """The config of a new run with these flags and pretrained weights."""
-    config, _, _ = train.parse([*flags])
+    config, _, _ = train.parse_train([*flags])
     return resolve(config, model.pretrained(config.weights, config.model))
 
 
@@ -80,7 +80,7 @@ def unchanged(before: dict, after: dict) -> set[str]:
 
 def test_the_head_is_kept_for_the_same_classes_and_new_for_others(run):
     old = read(run / "best.pt")
-    config, _, _ = train.parse(["--weights", str(run / "best.pt")])
+    config, _, _ = train.parse_train(["--weights", str(run / "best.pt")])
     for classes, head, kept in (
         (old["classes"], "auto", True),
         (old["classes"], "replace", False),
@@ -219,7 +219,7 @@ def test_the_vgg16_config_trains_the_head_of_vgg16(tmp_path, monkeypatch):
         ("--weights RUN --image-size 16", 1, "(trained on 32 x 32 pixels): its weights do not fit the network: wrong"),
         ("--weights RUN --resize 31", 2, "--resize 31 is below the image size, 32 pixels"),
         ("--head append", 2, "an untrained cifar_quick has no outputs to append to; add --weights FILE"),
-        ("--head behead", 2, "argument --head: invalid choice: 'behead'"),
+        ("--head behead", 2, "--head: 'behead' is not one of auto, replace, append"),
         ("--freeze 1", 2, "--freeze 1: untrained stages would stay random; add --weights"),
         ("--freeze most --weights RUN", 2, "--freeze: 'most' is neither a number of stages nor all"),
         ("--freeze 00 --weights RUN", 2, "--freeze: '00' is neither a number of stages nor all"),

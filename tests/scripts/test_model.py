@@ -146,12 +146,24 @@ def test_without_torchvision_its_networks_are_refused(monkeypatch, capsys):
     assert model.cli([]) == 0
 
 
+def test_a_torchvision_for_another_pytorch_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "torchvision").mkdir()
+    code = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
+    (tmp_path / "torchvision" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert model.cli(["--model", "resnet18"]) == 2
+    error = capsys.readouterr().err
+    assert "does not exist" in error and "both by one command of pip" in error and error.count("\n") == 1
+
+
 def test_the_script_writes_the_graph(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     model.main(["--log-dir", str(tmp_path)])
     assert EventAccumulator(str(tmp_path)).Reload().Tags()["graph"]
-    assert f"tensorboard --logdir {tmp_path}" in capsys.readouterr().out
+    assert f"\nnext: tensorboard --logdir {tmp_path}\nthen open http://" in capsys.readouterr().out
 
 
 def test_the_script_lists_the_networks(capsys):

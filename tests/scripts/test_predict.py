@@ -633,7 +633,8 @@ def test_evaluation_gives_the_figures_of_training(run, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["accuracy"] == checkpoint["metrics"]["test_accuracy"]
     assert result["loss"] == pytest.approx(checkpoint["metrics"]["test_loss"], abs=1e-5)
-    assert result["pictures"] == 1000 and [sum(row) for row in result["confusion"]] == [100] * 10
+    assert (result["split"], result["pictures"]) == ("test", 1000)
+    assert [sum(row) for row in result["confusion"]] == [100] * 10
     assert result["classes"]["ring"]["recall"] == result["confusion"][6][6] / 100
     assert result["f1"] == result["means"]["f1"] == checkpoint["metrics"]["test_f1"]
     assert result["balanced_accuracy"] == result["means"]["recall"] == pytest.approx(result["accuracy"])
@@ -641,7 +642,7 @@ def test_evaluation_gives_the_figures_of_training(run, capsys):
 
 def test_evaluation_prints_a_table(ask, colour_folder):
     status, lines, _ = ask("--evaluate", colour_folder)
-    assert status == 0 and "accuracy 100.00%" in lines[0] and "18 pictures" in lines[0]
+    assert status == 0 and "accuracy 100.0%" in lines[0] and lines[0].endswith("  18 test pictures")
     assert [line.split() for line in lines[3:]] == [
         ["0", "blue", *["100.0%"] * 3, "6", "0", "0"],
         ["1", "green", *["100.0%"] * 3, "0", "6", "0"],
@@ -649,6 +650,7 @@ def test_evaluation_prints_a_table(ask, colour_folder):
         ["mean", *["100.0%"] * 3],
     ]
     assert lines[2].split()[:4] == ["class", "recall", "precision", "F1"]
+    assert ask("--evaluate", colour_folder / "train")[1][0].endswith("%  60 pictures")  # of no split
 
 
 def test_evaluation_tells_how_many_are_sure_and_right(ask, colour_folder):
@@ -668,7 +670,7 @@ def test_classes_are_matched_by_name(ask, tmp_path):
         (tmp_path / "test" / name).mkdir(parents=True)
         noisy(COLOURS[name], 1).save(tmp_path / "test" / name / "1.png")
     _, lines, _ = ask("--evaluate", tmp_path)
-    assert "accuracy 100.00%" in lines[0] and lines[3].split()[:5] == ["0", "blue", "-", "-", "-"]
+    assert "accuracy 100.0%" in lines[0] and lines[3].split()[:5] == ["0", "blue", "-", "-", "-"]
     assert lines[-1].split() == ["mean", *["100.0%"] * 3]
     [found] = map(json.loads, ask("--evaluate", tmp_path, "--json")[1])
     assert found["classes"]["blue"] == dict.fromkeys(["recall", "precision", "f1"]) and found["means"]["f1"] == 1
@@ -684,14 +686,14 @@ def test_a_folder_is_evaluated_whole_unless_the_network_was_trained_on_it(ask, c
         assert status == 0
         return json.loads(line)["pictures"], errors.splitlines()[-1].removeprefix(f"{folder}: ")
 
-    assert looked_at(colour_folder) == (18, "the test pictures, 18")
-    assert looked_at(colour_folder / "test") == (18, "all pictures, 18")
-    assert looked_at(colour_folder / "train") == (60, "all pictures, 60")
+    assert looked_at(colour_folder) == (18, "18 test pictures")
+    assert looked_at(colour_folder / "test") == (18, "all 18 pictures")
+    assert looked_at(colour_folder / "train") == (60, "all 60 pictures")
     checkpoint = read(colour_run / "best.pt")
     unsplit = checkpoint["config"] | {"data": str(colour_folder / "train"), "val_fraction": 0.0}
     save(tmp_path / "unsplit.pt", checkpoint | {"config": unsplit})
     count, words = looked_at(colour_folder / "train", tmp_path / "unsplit.pt")
-    assert 3 <= count < 30 and words == f"the held-out pictures, {count}"
+    assert 3 <= count < 30 and words == f"{count} val pictures"  # as its run calls them
     (tmp_path / "link").symlink_to(colour_folder / "train")
     assert looked_at(tmp_path / "link", tmp_path / "unsplit.pt") == (count, words)
     assert looked_at(colour_folder / "test", tmp_path / "unsplit.pt")[0] == 18

@@ -1,4 +1,4 @@
-"""What the pages say works: every command and snippet of README, the tour and the recipes, on small data.
+"""What the pages say works: every command and snippet of README and of the pages in docs/, on small data.
 
 Commands run in one folder, page by page, as a reader would type them; where they train, it is on 60 pictures.
 """
@@ -6,6 +6,7 @@ Commands run in one folder, page by page, as a reader would type them; where the
 import ast
 import importlib.util
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -24,18 +25,21 @@ import device
 import model
 import predict
 import train
-from quick.checkpoints import FITS
+from quick.choices import FITS
 from quick.data.decoding import read_picture
 from quick.data.shapes import CLASSES, shapes
 from quick.data.sizing import Sizing
 
 RECIPES = "docs/recipes.md"
 PAGES = ["README.md", "docs/tour.md", RECIPES]
+PAGES += [f"docs/{name}.md" for name in ("running", "photographs", "change", "results", "faq")]
+CHINA = "docs/china.zh.md"  # which has no twin
 TWINS = {page: page.replace(".md", ".zh.md") for page in PAGES}
 SCRIPTS = {"device.py": device, "datasets.py": datasets, "model.py": model, "train.py": train, "predict.py": predict}
 SMALL = {"train.py": "--limit 60 --epochs 1 --batch-size 20 --device cpu --no-views", "datasets.py": "--limit 60"}
 REPLACED = {"cifar10": "shapes", "data/cifar10": "photos", "data/ants_bees": "photos", "resnet18": "squeezenet1_1"}
 REPLACED["600"] = "0.0001"  # minutes after which a run is to stop
+REPLACED["resnet18-f37072fd.pth"] = "torch/hub/checkpoints/squeezenet1_1-b8a52dc0.pth"
 SMALL_CONFIG = {"configs/photos.toml": "--model squeezenet1_1 --image-size 64"}
 PLACE = re.compile(r"\s*# ([\w/]+\.py), .*?(above|below) `(.+)`\n")  # the first line of code to put somewhere
 
@@ -65,9 +69,16 @@ def snippets(page: str) -> list[str]:
 # Trainings that differ from others on the pages by a setting alone, and leave nothing that a later command needs.
 ALIKE = ("--activation ", "--loss mse", "--run-name muon", "--run-name replace", "--epochs 7", "--lr 0.05")
 ALIKE += ("for lr in", "shapes.onnx", "--config configs/photos.toml --data dogs", "--evaluate dogs", "--balance 1")
+ALIKE += ("--run-name step", "--accumulate 4", "--batch-size 32", "--clip-grad 1", "--precision fp32", "--workers 0")
+ALIKE += ("--cache", "--limit 300", "--weights resnet18-", "OMP_NUM_THREADS=1")
+AS_TYPED = {  # commands of which docs/faq.md has what they print
+    "python train.py --config configs/shapes.toml --limit 1000 --lr 100 --epochs 1": "the loss is nan in epoch 1, step",
+    "python train.py --config configs/shapes.toml --limit 100 --epochs 30": r"epoch 30/30 .* acc (9\d|100)\.\d%  test",
+    "python train.py --config configs/tutorial.toml --data shapes --limit 100 --epochs 30": r"30/30 .* acc 1\d\.\d%  t",
+}
 ALL = [
     pytest.param(command, marks=pytest.mark.expensive) if any(flags in command for flags in ALIKE) else command
-    for command in dict.fromkeys(command for page in PAGES for command in commands(page))
+    for command in dict.fromkeys(command for page in [*PAGES, CHINA] for command in commands(page))
 ]
 
 
@@ -96,6 +107,8 @@ def desk(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(desk)
         patch.setenv("TORCH_HOME", str(desk / "torch"))
+        item, layouts = (code for code in snippets("docs/tour.md") if "[test_set] =" in code or "by_label" in code)
+        exec(item + layouts, {})  # folders that the tour's commands look at
         yield desk
 
 
@@ -123,7 +136,10 @@ def small(script: str, words: list[str]) -> list[str]:
 
 def run(command: str, desk: Path) -> None:
     """Type a command, on small data."""
-    words = shlex.split(command.partition(" > ")[0])
+    words = shlex.split(command.partition(" > ")[0].removeprefix("OMP_NUM_THREADS=1 "))
+    if words[:2] == ["python", "-c"]:
+        exec(words[2], {})
+        return
     if words[0] == "torchrun":
         from torch.distributed.run import get_args_parser
 
@@ -156,9 +172,9 @@ def checked(words: list[str], desk: Path) -> None:
         board.configure([None, *words[1:], "--inspect"])
         assert board.flags.logdir == "logs" and list((desk / "logs").glob("*/events.*"))
     elif words[0] == "pip":
-        assert words[:2] == ["pip", "install"] and ("-r" not in words or (ROOT / words[3]).is_file())
+        assert words[1] in ("install", "config") and ("-r" not in words or (ROOT / words[3]).is_file())
     elif words[1] == "-m":
-        assert words[2] == "pytest" and all(flag in text("tests/conftest.py") for flag in flags)
+        assert words[2] in ("pytest", "notebook") and all(flag in text("tests/conftest.py") for flag in flags)
     else:
         assert all(flag in text(words[1]) for flag in flags)
 
@@ -167,6 +183,12 @@ def checked(words: list[str], desk: Path) -> None:
 def test_every_command(command, desk, capsys):
     if any(name in command for name in CHANGED):
         pytest.skip("of a change: test_the_four_changes runs it")
+    if command in AS_TYPED:
+        pytest.skip("test_what_goes_wrong_is_printed runs it")
+    if "--data-url" in command:
+        pytest.skip("needs the network: tests/data/test_cifar10.py downloads from this machine")
+    if command.startswith("conda "):
+        pytest.skip("needs conda")
     if ".onnx" in command:
         pytest.importorskip("onnxscript")
     for part in parts(command):
@@ -174,12 +196,53 @@ def test_every_command(command, desk, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [command if "nan" in told else pytest.param(command, marks=pytest.mark.expensive)
+                                     for command, told in AS_TYPED.items()])  # fmt: skip
+def test_what_goes_wrong_is_printed(command, tmp_path, capsys):
+    """The cases of docs/faq.md go as the page says, at full size."""
+    assert command in commands("docs/faq.md")
+    words = [str(ROOT / word) if word.startswith("configs/") else word for word in command.split()[2:]]
+    status = train.cli([*words, "--device", "cpu", "--no-views", "--log-dir", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert status == ("nan" in AS_TYPED[command]) and re.search(AS_TYPED[command], out + err)
+
+
+def test_the_files_for_china_are_the_right_ones():
+    from torchvision import models
+
+    from quick.data import cifar10
+
+    [mirror] = re.findall(r"--data-url (\S+)", text(CHINA))
+    assert mirror in cifar10.MIRRORS and f"`{cifar10.MD5}`" in text(CHINA) and cifar10.ARCHIVE in text(CHINA)
+    urls = re.findall(r"https://download.pytorch.org/models/\S+", text(CHINA))
+    assert urls == [models.get_model_weights(name).DEFAULT.url for name in ("resnet18", "vgg16")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the page has other words for Windows, in its text")
+def test_the_clone_and_the_environment(tmp_path):
+    """The first block of README, with this clone in the place of the address."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    [block] = [code for _, code in blocks("README.md") if code.startswith("git clone ")]
+    typed = block.replace("https://github.com/OWNER/NAME", shlex.quote(str(ROOT)))
+    typed = typed.replace("-m venv", "-m venv --without-pip")  # which takes seconds
+    where = "python -c 'import os, sys; print(sys.prefix, os.path.isfile(\"requirements.txt\"))'"
+    done = subprocess.run(["bash", "-ec", typed + where], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [str(tmp_path / "pictures" / ".venv"), "True"], done.stderr
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page != RECIPES])
 def test_every_snippet(page, desk, capsys):
-    names = {}
-    for code in snippets(page):
-        if not PLACE.match(code):
-            exec(compile(code, page, "exec"), names)
+    """It runs, and prints what stands behind its print() or in the block below, unless that depends on a training."""
+    names = {"__name__": "__main__"}
+    for code, below in re.findall(r"(?ms)^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", text(page)):
+        if PLACE.match(code):
+            continue
+        capsys.readouterr()
+        exec(compile(code, page, "exec"), names)
+        wanted = [*re.findall(r"(?m)^ *print\(.*\)  # (.+)$", code), *below.splitlines()]
+        if wanted and "best.pt" not in code and "help(" not in code:  # whose words each Python chooses
+            assert capsys.readouterr().out.splitlines() == wanted
 
 
 def section(code: str) -> str:
@@ -244,14 +307,24 @@ def test_the_chinese_pages_say_the_same(page, twin):
     assert len(re.findall("(?m)^#+ ", text(twin))) == len(re.findall("(?m)^#+ ", text(page)))
 
 
-OTHERS = ["CONTRIBUTING.md", "docs/scaling.md", "docs/reliability.md", "docs/security.md", "benchmarks/README.md"]
+OTHERS = ["CONTRIBUTING.md", "CHANGELOG.md", "docs/scaling.md", "docs/reliability.md", "docs/security.md"]
+OTHERS += ["benchmarks/README.md"]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *TWINS.values(), *OTHERS])
+def anchors(page_text: str) -> set[str]:
+    """What GitHub calls the headings of a page: lower case, hyphens for spaces, no punctuation."""
+    headings = re.findall("(?m)^#+ (.+)$", re.sub("(?ms)^```.*?^```", "", page_text))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TWINS.values(), *OTHERS, CHINA])
 def test_every_link_leads_somewhere(page):
     links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text(page)) if "://" not in link]
     missing = [path for path, _, _ in links if path and not (ROOT / page).parent.joinpath(path).exists()]
     assert not missing
+    for path, _, heading in links:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert not heading or heading in anchors(target.read_text(encoding="utf-8")), f"{page}: {path}#{heading}"
 
 
 def lines_of(file: str, name: str) -> int:
@@ -265,17 +338,21 @@ def lines_of(file: str, name: str) -> int:
     return node.end_lineno - node.lineno + 1
 
 
-@pytest.mark.parametrize(("page", "begin"), [("docs/tour.md", "Read"), ("docs/tour.zh.md", "阅读")])
+@pytest.mark.parametrize(("page", "begin"), [("docs/tour.md", ("Read:", "If you like:")),
+                                             ("docs/tour.zh.md", ("必读\uff1a", "选读\uff1a"))])  # fmt: skip
 def test_the_lines_to_read_are_there(page, begin):
-    """Each section ends with what to read: names in back ticks, their file, and how many lines that is."""
-    paragraphs = [" ".join(part.split()) for part in text(page).split("\n\n") if part.startswith(begin)]
-    assert len(paragraphs) == text(page).count("\n## ")
-    for paragraph in paragraphs:
+    """Each section ends with code to read: names in back ticks, their file, and how many lines that is."""
+    for part in text(page).split("\n## ")[1:]:
+        assert any(paragraph.startswith(begin) for paragraph in part.split("\n\n")), part.splitlines()[0]
+    total = 0
+    for paragraph in (" ".join(part.split()) for part in text(page).split("\n\n") if part.startswith(begin)):
         for part in re.split("[;\uff1b]", paragraph):  # Chinese has a semicolon of its own
             names, [file] = re.findall("`([^`]+)`", part), re.findall(r"\]\(\.\./([^)]+)\)", part)
             [count] = re.findall(r"(\d+) (?:lines?|行)", part)
             lines = sum(lines_of(file, name) for name in names)
             assert names and lines == int(count), f"{page} has {part}, but these are {lines} lines"
+            total += lines * paragraph.startswith(begin[0])
+    assert f"{total} lines in all" in text(page) or f"一共 {total} 行" in text(page)
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
@@ -289,13 +366,25 @@ def test_the_tree_has_every_file(page):
         listed += ["".join([*folders[:depth], file]) for file in name.split(", ")]
     there = [path.relative_to(ROOT).as_posix() for pattern in ("*.py", "quick/**/*.py", "configs/*", "benchmarks/*.py")
              for path in ROOT.glob(pattern) if path.name != "__init__.py"]  # fmt: skip
-    others = ["quick/", "configs/", "benchmarks/", "weights/cifar_quick.pt", "tests/", "docs/"]
+    others = ["quick/", *(f"{path.relative_to(ROOT).as_posix()}/" for path in ROOT.glob("quick/[a-z]*/"))]
+    others += ["configs/", "benchmarks/", "weights/cifar_quick.pt", "tests/", "docs/"]
     assert sorted(listed) == sorted([*there, *others])
     rooms = [file for file in listed if file.startswith("quick/") and file.endswith(".py")]
     for place, room in enumerate(rooms):
         imported = re.findall(r"(?m)^ *from (quick\S*) import (\w+)", text(room))
         paths = {f"{module.replace('.', '/')}{end}" for module, name in imported for end in (".py", f"/{name}.py")}
         assert not paths & {*rooms[place:]}, f"{page}: {room} imports what stands below it"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_first_page_is_short_and_its_badges_are_true(page):
+    assert text(page).count("\n") <= 200
+    [badges] = re.findall("<title>(.+)</title>", text("docs/badges.svg"))
+    [python], [torch_floor] = re.findall("Python ([\\d.]+)\\+", badges), re.findall("PyTorch ([\\d.]+)\\+", badges)
+    assert f"torch>={torch_floor}\n" in text("requirements.txt")
+    assert f'target-version = "py{python.replace(".", "")}"' in text("pyproject.toml")
+    assert "MIT" in badges and text("LICENSE").startswith("MIT License")
+    assert all(words in text(page) for words in (f"Python {python}", f"PyTorch {torch_floor}"))
 
 
 def test_every_config_begins_with_its_command():
@@ -345,13 +434,13 @@ assert len(EventAccumulator("logs/a").Reload().Scalars("top3/test")) >= 3
 
 
 def test_the_four_changes(tmp_path):
-    """README's snippets, put where they say into a copy of the code: one file and at most 15 lines each."""
+    """The snippets of docs/change.md, put where they say into a copy of the code: one file, at most 15 lines each."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     for name in ("quick", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     files = []
-    for code in filter(PLACE.match, snippets("README.md")):
+    for code in filter(PLACE.match, snippets("docs/change.md")):
         file, side, anchor = PLACE.match(code).groups()
         lines, new = (tmp_path / file).read_text(encoding="utf-8").splitlines(), code.splitlines()[1:]
         place = next(number for number, line in enumerate(lines) if anchor in line) + (side == "below")

@@ -15,6 +15,7 @@ class OptimizerSettings(Protocol):
     freeze: str
     lr: float
     muon_lr: float
+    muon_decay: float
     backbone_lr: float
     momentum: float
     nesterov: bool
@@ -68,9 +69,9 @@ def parameter_groups(network: nn.Module, head: Collection[str], config: Optimize
         in_head, is_matrix = name in head, parameter.ndim > 1
         orthogonal = config.optimizer == "muon" and is_matrix and not in_head and name.endswith("weight")
         lr = config.lr if in_head else config.backbone_lr or config.lr
-        if orthogonal:
-            lr = config.muon_lr
         weight_decay = config.weight_decay if is_matrix else 0.0
+        if orthogonal:
+            lr, weight_decay = config.muon_lr, config.muon_decay or config.weight_decay
         group = {"params": [], "lr": lr, "highest_lr": lr, "weight_decay": weight_decay, "orthogonal": orthogonal}
         groups.setdefault((in_head, is_matrix, orthogonal), group)["params"].append(parameter)
     return list(groups.values())

@@ -98,6 +98,9 @@ class Config(Source, Augment):
         metavar="RATE",
     )
     muon_lr: float = setting("recipe", 0.05, "highest learning rate of Muon's steps", above=0, metavar="RATE")
+    muon_decay: float = setting(
+        "recipe", 0.0, "weight decay of the weights that take Muon's steps", means="that of all matrices", at_least=0
+    )
     backbone_lr: float = setting(
         "recipe",
         0.0,

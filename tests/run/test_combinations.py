@@ -92,7 +92,8 @@ IN_GROUPS = {
     ],
     "batch_size": [6, 7],  # with which a process has a picture for each piece, or the last batch has too few
     **{name: TOGETHER[name] for name in ("weights", "head", "freeze", "optimizer", "accumulate", "sync_bn", "hardest")},
-    **{name: TOGETHER[name] for name in ("memory", "precision", "clip_grad", "held out", "balance")},
+    **{name: TOGETHER[name] for name in ("memory", "clip_grad", "held out", "balance")},
+    "precision": ["fp32", "bf16"],
     "augmentation": [{}, {"flip": True, "jitter": 0.3}],
     "tta": ["none", "mirror"],
     "lr": [0.02],  # with the rate that fits it, GoogLeNet does not learn from so few pictures
@@ -260,7 +261,8 @@ def test_settings_work_together(number, few_colours, tmp_path, monkeypatch):
     layers = {name.rpartition(".")[0] for name in frozen}  # with their averages, if they are batch normalisation
     assert {name for name in moved if name.rpartition(".")[0] in layers} == set(), "frozen, but changed"
     matrices = {name for name, weight in network.named_parameters() if weight.ndim > 1}  # others may not matter
-    assert matrices - frozen - moved == set(), "trained, but unchanged"
+    if config.precision != "fp16":  # which leaves out the first steps, until it knows how far it can scale the loss
+        assert matrices - frozen - moved == set(), "trained, but unchanged"
 
     if number % 3 == 0:  # these are stopped as well
         whole = contents(tmp_path / "run")

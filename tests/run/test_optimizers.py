@@ -179,8 +179,9 @@ def test_orthogonal_matrices_have_singular_values_near_one(shape):
     assert torch.nn.functional.cosine_similarity(found.flatten(), (nearest @ other).flatten(), 0) > 0.97
 
 
-def test_muon_makes_hidden_weights_steps_orthogonal_and_the_rest_as_sgd(batch):
-    config = Config(lr=0.1, muon_lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.01)
+@pytest.mark.parametrize("muon_decay", [0.0, 0.03])
+def test_muon_makes_hidden_weights_steps_orthogonal_and_the_rest_as_sgd(batch, muon_decay):
+    config = Config(lr=0.1, muon_lr=0.02, muon_decay=muon_decay, momentum=0.9, nesterov=True, weight_decay=0.01)
     head, found = model.head_keys("cifar_quick", {"image_size": 8}), {}
     for name in ("sgd", "muon"):
         torch.manual_seed(0)
@@ -193,7 +194,7 @@ def test_muon_makes_hidden_weights_steps_orthogonal_and_the_rest_as_sgd(batch):
         if step.ndim == 1 or key in head:
             assert torch.equal(step, found["sgd"][key]), key
         else:
-            shrunk = step + 0.02 * 0.01 * before[key]
+            shrunk = step + 0.02 * (muon_decay or 0.01) * before[key]
             singular = torch.linalg.svdvals(shrunk.flatten(1)) / 0.02 / max(1, len(step) / step[0].numel()) ** 0.5
             assert 0.8 < singular.max() < 1.3 and not torch.allclose(step, found["sgd"][key], atol=1e-4), key
 

@@ -182,7 +182,7 @@ def train_epoch(state: TrainState, train_set: Pictures, config: Config, board, s
             board.add_scalar("lr", totals.lr, state.step)
         if is_point or is_last:
             board.add_scalar("gradient_norm", state.gradient_norm(), state.step)
-            state.crowding.tell()
+        state.crowding.tell()
         bar.set_postfix_str(f"{shown}run {state.time_left()} left", refresh=False)
         bar.update()
         if leave:

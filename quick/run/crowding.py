@@ -9,7 +9,7 @@ import torch
 from quick.cli import log
 
 AT_MOST = 60  # times a second that the system takes a core away from this process: alone about 20, beside others 140
-LEAST_SECONDS = 2
+LEAST_SECONDS = 4  # between two looks
 
 
 class Crowding:
@@ -25,9 +25,10 @@ class Crowding:
 
     def tell(self) -> None:
         """Look at what happened since the last look, and say it if it is much."""
-        seconds, losses = time.perf_counter() - self.time, times_interrupted() - self.losses
+        seconds = time.perf_counter() - self.time
         if self.is_told or seconds < LEAST_SECONDS or multiprocessing.active_children():  # they decode for us
             return
+        losses = times_interrupted() - self.losses
         self.time, self.losses = self.time + seconds, self.losses + losses
         if losses > AT_MOST * seconds:
             self.is_told = True

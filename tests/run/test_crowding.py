@@ -21,10 +21,10 @@ def machine(monkeypatch):
 
 
 def looks(found: Crowding, machine: dict, rates: list[int]) -> None:
-    """Look after every three seconds, in which so many interruptions a second came."""
+    """Look after every five seconds, in which so many interruptions a second came."""
     for rate in rates:
-        machine["seconds"] += 3
-        machine["interruptions"] += 3 * rate
+        machine["seconds"] += 5
+        machine["interruptions"] += 5 * rate
         found.tell()
 
 

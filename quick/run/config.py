@@ -1,6 +1,7 @@
 """Config files and flags become one Config: reading, checking, and writing it."""
 
 import argparse
+import functools
 import json
 import tomllib
 from collections.abc import Callable, Collection
@@ -53,7 +54,8 @@ def parse_config(
 def read_values(path: Path) -> dict:
     """What a TOML file says, by the names of settings, unchecked; raises ConfigError."""
     try:
-        content = tomllib.loads(read_text(path))
+        is_stream = not path.is_file() or path.is_relative_to("/dev")
+        content = tomllib.loads(read_stream(path) if is_stream else read_text(path))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # not TOML, not a known encoding, or too deep
@@ -62,6 +64,12 @@ def read_values(path: Path) -> dict:
         if name not in NAMES:
             raise ConfigError(f"{path}: unknown key {name!r}{suggestion(name, NAMES)}")
     return content
+
+
+@functools.cache
+def read_stream(path: Path) -> str:
+    """The text of a pipe, such as a shell's `<(...)`: it comes once, and a script parses its flags twice."""
+    return read_text(path)
 
 
 def config_of(values: dict, path: Path) -> Config:

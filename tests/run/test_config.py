@@ -1,6 +1,8 @@
 """Settings: the config file, the flags, what both may say, and what pretrained weights fill in."""
 
+import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,17 @@ def test_flags_overrule_the_config_file(tmp_path):
     (tmp_path / "my.toml").write_text("lr = 1\nepochs = 7\nflip = true")
     config = train.parse_train(["--config", str(tmp_path / "my.toml"), "--epochs", "3", "--no-flip"])[0]
     assert (config.lr, config.epochs, config.flip) == (1, 3, False)
+
+
+def test_a_config_that_comes_through_a_pipe_is_read_once_though_scripts_parse_twice(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("lr = 0.5\nseed = 3",), daemon=True)
+    writer.start()
+    for _ in range(2):
+        config = train.parse_train(["--config", str(tmp_path / "pipe"), "--seed", "4"])[0]
+        assert (config.lr, config.seed) == (0.5, 4)
 
 
 def help_of(argv: list[str], capsys) -> dict[str, str]:

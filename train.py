@@ -49,10 +49,11 @@ LOG_STEPS = 100  # between two points of the training curves
 def main(argv: list[str] | None = None) -> int:
     """Train as these flags say; returns the exit status: 0, or 130 when Ctrl-C or SIGTERM stopped it."""
     began = program_start()
-    config, given, resume = parse_train(argv)
+    config, given, args = parse_train(argv)
+    resume = args.resume  # what run to go on with, or None
     with Group(config.timeout) as group, RunFolder() as run:
         if group.rank == 0 and (error := model.unknown(config.model)):
-            raise NetworkError(f"--model: {error}")
+            raise NetworkError(f"{'--model' if 'model' in given else f'{args.config}: model'}: {error}")
 
         # A run begins in one of four ways: a new run; a new run from pretrained weights (--weights); --resume, from its
         # own newest checkpoint; and a restart by torchrun, which works like --resume.

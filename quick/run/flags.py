@@ -17,8 +17,8 @@ from quick.run.settings import Config
 BUILDING = ("model", "image_size", "batch_norm", "activation", "stem", "width")  # what a network depends on
 
 
-def parse_train(argv: list[str] | None = None) -> tuple[Config, dict, str | None]:
-    """The config file's settings overruled by the flags; only the flags; and what `--resume` names, else None."""
+def parse_train(argv: list[str] | None = None) -> tuple[Config, dict, argparse.Namespace]:
+    """The config file's settings overruled by the flags; the settings that were given as flags; and all values."""
     parser = Parser(
         "Train a picture classifier. Each run gets a folder with its settings, its checkpoints and its curves.",
         examples=(
@@ -31,7 +31,7 @@ def parse_train(argv: list[str] | None = None) -> tuple[Config, dict, str | None
     config, given, args = parse_config(parser, argv, resume=True)
     if args.resume is not None and args.config:
         parser.error("--config: a resumed run has its own; give --resume without it")
-    return config, given, args.resume
+    return config, given, args
 
 
 def parse_datasets(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:

@@ -235,6 +235,15 @@ MISTAKES = [
 ]
 
 
+def test_of_an_unknown_network_the_file_is_named_that_has_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my.toml").write_text('model = "cifar_quik"')
+    assert train.cli(["--config", "my.toml"]) == train.cli(["--model", "resnet_18", "--config", "my.toml"]) == 2
+    in_file, in_flag = capsys.readouterr().err.splitlines()
+    assert in_file.startswith("train.py: my.toml: model: no network 'cifar_quik'")
+    assert in_flag.startswith("train.py: --model: no network 'resnet_18'")
+
+
 @pytest.mark.parametrize(("flags", "message"), MISTAKES)
 def test_a_wrong_call_ends_in_one_line_and_status_2(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

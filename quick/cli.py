@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from quick.errors import CallError, Ended, Problem, out_of_memory, printable, suggestion
 from quick.values import CHANNELS
@@ -105,9 +105,11 @@ def add_flags(parser: "Parser", keys: Iterable[Field], defaults: dict) -> None:
 
 def told_default(key: Field, default: object) -> str:
     """The default of a setting as the end of its help: the value, and what a value stands for that is none itself."""
-    own = " = ".join(filter(None, (in_help(key.default), key.metadata["means"])))
-    told = own if default == key.default else in_help(default)
-    if told != own and " = " in own:
+    value, told = in_help(key.default), in_help(default)
+    own = " = ".join(filter(None, (value, key.metadata["means"])))
+    if told == value:
+        told = own
+    elif " = " in own:
         told += f"; {own}"
     return f" (default: {told})" if told else ""
 
@@ -153,6 +155,10 @@ class Parser(argparse.ArgumentParser):
             hint = "; write ./ before a file's name" if is_file else suggestion(unknown[0].partition("=")[0], flags)
             self.error(f"unknown flag {unknown[0]}{hint}")
         return args
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # as below
+            super().print_help(file)
 
     def error(self, message: str) -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # of the processes that torchrun started, the first says it
@@ -228,7 +234,11 @@ def check_flags(script: str, parse: Callable[[list[str] | None], object]) -> Non
 
     Scripts call this before they import PyTorch, which takes seconds. Their main() parses the flags again.
     """
-    if status := run_script(script, lambda argv: parse(argv) and None):
+
+    def check(argv: list[str] | None) -> None:
+        parse(argv)
+
+    if status := run_script(script, check):
         exit_script(status)
 
 

@@ -181,10 +181,15 @@ def test_a_picture_that_is_named_like_a_flag(tmp_path, monkeypatch):
         Parser().parse_args(["-x.png"])
 
 
-def test_the_first_process_alone_says_that_a_flag_is_wrong(monkeypatch):
+def test_the_first_process_alone_shows_the_help_and_says_that_a_flag_is_wrong(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(Ended):
         Parser().parse_args(["--x"])
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match="0"):
+            Parser().parse_args(["--help"])
+    assert capsys.readouterr().out.count("usage:") == 1
 
 
 def test_flags_and_paths_as_one_types_them():

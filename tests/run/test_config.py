@@ -79,6 +79,12 @@ def test_help_shows_groups_and_the_configs_defaults(capsys):
     assert all(f"--{name.replace('_', '-')}" in str(found) for name in Config.__dataclass_fields__)
 
 
+def test_help_says_of_a_runs_own_config_too_what_no_value_stands_for(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(as_toml(Config()), encoding="utf-8")
+    found = help_of(["--config", str(tmp_path / "config.toml")], capsys)
+    assert "wider than 8 bits (default: those of the weights, else found)" in found["data"]
+
+
 def test_help_begins_with_the_eight_flags_that_one_needs_and_ends_with_examples(capsys, monkeypatch):
     found = help_of([], capsys)
     usual = "--config --data --model --weights --epochs --batch-size --lr --resume --help".split()

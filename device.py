@@ -25,7 +25,7 @@ from quick.data.streaming import cores
 from quick.errors import DeviceError
 from quick.processes import ALONE, Group
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -81,12 +81,12 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         return torch.bfloat16 if computes_bf16(device) else torch.float32
-    if name not in PRECISIONS:
-        raise DeviceError(f"no precision {name!r}; there are: auto, {', '.join(PRECISIONS)}")
+    if name not in DTYPES:
+        raise DeviceError(f"no precision {name!r}; there are: auto, {', '.join(DTYPES)}")
     # Autocast and GradScaler give wrong gradients on MPS (pytorch PR 184286); fp16 convolutions crawl on CPUs.
     if (device.type, name) in {("mps", "bf16"), ("mps", "fp16"), ("cpu", "fp16")}:
         raise DeviceError(f"{name} does not train well on {device.type}; use --precision fp32")
-    return PRECISIONS[name]
+    return DTYPES[name]
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(("mps", "none"))
     rows += found.items()
     device_reason, precision_reason = why(device, precision)
-    precision_name = next(name for name, dtype in PRECISIONS.items() if dtype == precision)
+    precision_name = next(name for name, dtype in DTYPES.items() if dtype == precision)
     rows.append(("device", f"{args.device} -> {device}" + f": {device_reason}" * (args.device == "auto")))
     rows.append(
         ("precision", f"{args.precision} -> {precision_name}" + f": {precision_reason}" * (args.precision == "auto"))

@@ -31,7 +31,8 @@ from tutorial import Tutorial
 
 import datasets
 import train
-from device import PRECISIONS, autocast, memory_format, pick, pick_precision, seed, tune
+from device import autocast, memory_format, pick, pick_precision, seed, tune
+from quick.choices import PRECISIONS
 from quick.data.pictures import Pictures
 
 FAST = str(Path(__file__).parent.parent / "configs" / "fast.toml")
@@ -208,7 +209,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default="cifar10", help="cifar10 or a folder with its pictures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="of ours and of airbench's")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="of ours and of airbench's")
     parser.add_argument("--epochs", type=int, default=8, help="of the airbench design (default: 8)")
     parser.add_argument("--widths", type=int, nargs=3, default=[32, 128, 128], help="of it (default: 32 128 128)")
     parser.add_argument("--tutorial-epochs", type=int, default=20)

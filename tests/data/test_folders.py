@@ -55,7 +55,7 @@ def test_a_folder_without_splits_trains_and_evaluates(tmp_path, capsys):
     assert "(chosen on the val pictures)" in out and " val loss " in out
     assert predict.cli(["--evaluate", str(tmp_path / "data"), "--checkpoint", str(tmp_path / "a" / "best.pt")]) == 0
     held_out = len(datasets.load(str(tmp_path / "data"), val_fraction=0.3)[1])
-    assert f"{held_out} pictures" in capsys.readouterr().out.splitlines()[0]
+    assert f"{held_out} val pictures" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_labels_apart_from_pictures(tmp_path):

@@ -50,7 +50,7 @@ def test_a_full_disk_costs_no_more_than_what_it_had_no_room_for(limit_files, tmp
     for name in ("TensorBoard's events", "best.pt", "epoch_001.pt"):
         assert f"train.py: {name} could not be saved (File too large); training goes on\n" in err
     assert err.endswith("train.py: not saved: epoch_001.pt (File too large)\n") and "Traceback" not in err
-    assert out.splitlines()[-1].startswith("tensorboard") and "epoch 3/3" in out
+    assert out.splitlines()[-2].startswith("next: tensorboard") and "epoch 3/3" in out
     names = {path.name for path in (tmp_path / "a").iterdir() if not path.name.startswith("events")}
     assert names == {"config.toml", "metrics.jsonl", "best.pt", "epoch_002.pt", "epoch_003.pt"}
 

@@ -122,7 +122,7 @@ def test_names_that_the_console_lacks_are_escaped(script, tmp_path):
     environment["HOME"] = "/dev/null/none"
     trained = script("train.py", "--data", "мои фото", *flags.split(), environment=environment)
     assert trained.returncode == 0 and trained.stderr.count("\n") == 2, trained.stderr  # sizes; how few they are
-    [printed] = [line for line in trained.stdout.splitlines() if line.startswith("python predict.py")]
+    [printed] = [line for line in trained.stdout.splitlines() if line.startswith("next: python predict.py")]
     assert "\\u0436\\u0443\\u0440\\u043d\\u0430\\u043b" in printed
 
     environment |= {"PYTHONIOENCODING": "ascii"}

@@ -433,6 +433,7 @@ assert len(EventAccumulator("logs/a").Reload().Scalars("top3/test")) >= 3
 """
 
 
+@pytest.mark.expensive
 def test_the_four_changes(tmp_path):
     """The snippets of docs/change.md, put where they say into a copy of the code: one file, at most 15 lines each."""
     for path in ROOT.glob("*.py"):

@@ -12,7 +12,7 @@ from quick.nets.checking import check_network
     ("name", "too_small", "wanted"),
     [
         ("alexnet", 32, 63),
-        ("inception_v3", 75, 299),
+        pytest.param("inception_v3", 75, 299, marks=pytest.mark.expensive),
         ("vit_b_16", 40, 64),
         ("squeezenet1_0", 10, 21),
         ("vgg16", 16, 32),

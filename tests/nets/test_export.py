@@ -47,6 +47,7 @@ def test_export_takes_any_batch_of_plain_pictures(source, capsys):
     assert (facts["image_size"], facts["resize"], facts["interpolation"], facts["fit"]) == (32, 32, "bilinear", "crop")
 
 
+@pytest.mark.expensive
 def test_export_to_onnx(source, capsys):
     onnx = pytest.importorskip("onnx", reason="needs `pip install onnx onnxscript`")
     pytest.importorskip("onnxscript", reason="needs `pip install onnx onnxscript`")
@@ -57,6 +58,7 @@ def test_export_to_onnx(source, capsys):
     assert torch.allclose(torch.from_numpy(answer), logits, atol=1e-4)
 
 
+@pytest.mark.expensive
 @pytest.mark.parametrize("runtime", [pytest.param(True, marks=pytest.mark.expensive), False])
 def test_a_pooling_that_onnx_cannot_evaluate(runtime, tmp_path, monkeypatch, capsys):
     """ONNX Runtime says that the file is right; without it the file is kept, and a warning says what was not done."""

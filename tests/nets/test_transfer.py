@@ -222,7 +222,9 @@ def test_the_head_runs_once_a_step_and_trains_in_lower_precision(name):
 # ---- auxiliary classifiers ----
 
 
-@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), ("inception_v3", 75)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("googlenet", 32), pytest.param("inception_v3", 75, marks=pytest.mark.expensive)]
+)
 def test_an_appended_head_leaves_auxiliary_classifiers_out(name, side, tmp_path):
     """All weights get gradients; files of earlier versions, and published weights, have auxiliary classifiers still."""
     options = {"classes": 3, "image_size": side, "stem": "standard"}

@@ -59,7 +59,7 @@ def test_export_to_onnx(source, capsys):
 
 
 @pytest.mark.expensive
-@pytest.mark.parametrize("runtime", [pytest.param(True, marks=pytest.mark.expensive), False])
+@pytest.mark.parametrize("runtime", [True, False])
 def test_a_pooling_that_onnx_cannot_evaluate(runtime, tmp_path, monkeypatch, capsys):
     """ONNX Runtime says that the file is right; without it the file is kept, and a warning says what was not done."""
     for name in ("onnx", "onnxscript", *["onnxruntime"] * runtime):

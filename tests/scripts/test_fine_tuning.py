@@ -140,7 +140,7 @@ def test_frozen_stages_keep_weights_and_statistics(run, tmp_path, freeze, stages
 @pytest.mark.parametrize(
     "flags",
     [
-        "--stem small --model resnet18 --image-size 16",
+        pytest.param("--stem small --model resnet18 --image-size 16", marks=pytest.mark.expensive),
         pytest.param("--model mobilenet_v3_small", marks=pytest.mark.expensive),
     ],
 )

@@ -33,7 +33,7 @@ from quick.run.config import resolve
 from quick.run.rules import check_together
 from quick.run.settings import Config
 
-FEW, FEW_IN_GROUPS = 6, 4  # of the runs, which cover most pairs; in groups without the slow GoogLeNet, the first
+FEW = 6  # of the runs, which cover most pairs
 EPOCHS = 2
 CUDA = torch.cuda.is_available()
 FIXED = {"epochs": EPOCHS, "device": "cuda" if CUDA else "cpu", "deterministic": CUDA, "workers": 0}
@@ -284,17 +284,17 @@ def test_what_cannot_go_together_is_one_line(few_colours, tmp_path, capsys):
         assert capsys.readouterr().err == f"train.py: {shown}\n" and not (folder / "run").exists()
 
 
+@pytest.mark.expensive
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs PyTorch with torch.distributed")
-def test_settings_work_together_in_a_group(processes, few_colours, tmp_path, request):
+def test_settings_work_together_in_a_group(processes, few_colours, tmp_path):
     """Two processes make all of these runs, one after the other; all begin with weights whose frozen ones stay."""
-    configs = GROUPED if request.config.getoption("--all") else GROUPED[1:FEW_IN_GROUPS]
     plan = {}
-    for number, config in enumerate(configs):
+    for number, config in enumerate(GROUPED):
         (tmp_path / str(number)).mkdir()
         flags = flags_of(replace(config, device="cpu"), few_colours, tmp_path / str(number))
         plan[str(number)] = {"script": "train", "argv": flags}
     found, _ = group(processes, 2, plan, tmp_path / "plan")
-    for name, config in zip(plan, configs, strict=True):
+    for name, config in zip(plan, GROUPED, strict=True):
         first, second = (of_rank[name] for of_rank in found)
         assert [first[0], second[0]] == [0, 0], (plan[name]["argv"], first, second)
         run = tmp_path / name / "run"

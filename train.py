@@ -41,6 +41,7 @@ from quick.run.rules import complete
 from quick.run.settings import Config
 from quick.run.state import EpochTotals, TrainState, epoch_steps, hardest, make_state
 from quick.run.stopping import StopVote, program_start
+from quick.run.warming import warm_up
 from quick.views.tensorboard import log_metrics, show_embedding, show_epoch, show_start
 
 LOG_STEPS = 100  # between two points of the training curves
@@ -99,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
             if not start.checkpoint:
                 show_start(run.board, network, run.header["config"], split=sets[1].split)
                 show_epoch(run.board, network, sets, config)
+
+        if device.type == "cuda" and inputs[0].store.pixels:  # no convolution works on features
+            with autocast(device, precision):
+                warm_up(state, inputs, config)
 
         # The epochs. An epoch is saved last: a run that is killed before that repeats it when it is resumed.
         with StopVote(group, config.time_limit, began) as stop:

@@ -13,18 +13,23 @@ import torch
 from samples import a_state
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import model
 from quick.data.pictures import Pictures
 from quick.data.sizing import Sizing
 from quick.data.stores import Enlarged, InMemory
 from quick.nets.transfer import HeadOnly, freeze
+from quick.processes import ALONE
 from quick.run.evaluation import outputs_of_set
 from quick.run.settings import Config
 from quick.run.state import TrainState
-from train import parse_train, train_step
+from quick.run.stopping import StopVote
+from quick.run.warming import warm_up
+from quick.views.tensorboard import NoBoard
+from train import parse_train, train_epoch, train_step
 
 COUNT = 1200  # pictures
 
@@ -150,6 +155,47 @@ def test_all_that_training_needs_is_on_the_device(flags, kind, fake_gpu, monkeyp
         assert loss.device.type == logits.device.type == "cuda"
     logits, labels = outputs_of_set(state.trainable, pictures, classes=10, tta=config.tta)
     assert logits.shape == (COUNT, 10) and logits.device == labels.device
+
+
+class Zeros(TorchFunctionMode):
+    """Reads numbers from tensors without values: all are 0."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.item:
+            return 0
+        return [0.0] * len(args[0]) if func is torch.Tensor.tolist else func(*args, **(kwargs or {}))
+
+
+@pytest.mark.expensive
+def test_a_run_of_the_hardest_pictures_and_its_resumption_stay_on_the_device(fake_gpu, monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: None)
+    for name in ("confusion_counts", "worst_pairs"):  # they count values
+        monkeypatch.setattr(f"quick.run.state.{name}", lambda *_: [])
+    whole = Pictures.order
+
+    def order(self, *, keep: torch.Tensor | None = None, **settings) -> torch.Tensor:
+        if keep is None:
+            return whole(self, **settings)
+        assert keep.device.type == "cuda" and keep.dtype == torch.bool and len(keep) == COUNT
+        return torch.arange(COUNT // 2)
+
+    monkeypatch.setattr(Pictures, "order", order)
+    flags = ["--config", "configs/fast.toml", "--epochs", "4", "--tta", "mirror"]
+    state, config, pictures = a_run(flags, fake_gpu, in_memory(fake_gpu))
+    with Zeros():
+        warm_up(state, [pictures, pictures], config)
+        for _ in range(3):  # the third is of the hardest
+            metrics = train_epoch(state, pictures, config, NoBoard(), StopVote(ALONE, 0, 0))
+            metrics |= {"test_loss": 0.0, "test_accuracy": 0.0}
+            state.end_epoch(metrics, (None, None), pictures.classes)
+
+        checkpoint = tree_map_only(torch.Tensor, torch.Tensor.cpu, state.state_dict())
+        resumed, _, _ = a_run(flags, fake_gpu, pictures.store)
+        resumed.load_state_dict(checkpoint)
+        tensors = [resumed.confidence, *tree_leaves(list(resumed.optimizer.state.values()))]
+        assert {tensor.device.type for tensor in tensors} == {"cuda"}
+        train_epoch(resumed, pictures, config, NoBoard(), StopVote(ALONE, 0, 0))
+        assert resumed.totals.confidence.device.type == "cuda"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

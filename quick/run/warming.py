@@ -53,7 +53,7 @@ def shard_sizes(count: int, batch_size: int, group: Group, pieces: int = 1) -> l
     So all processes of a group have as many, of which some can be empty: they may have to wait for each other.
     """
     batches = {batch.stop - batch.start for batch in batch_slices(count, batch_size)}
-    shards = (shard(slice(0, size), group, pieces) for size in sorted(batches))
+    shards = (shard(slice(0, size), group, pieces) for size in sorted(batches, reverse=True))
     return [piece.stop - piece.start for of_batch in shards for piece in of_batch]
 
 

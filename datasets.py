@@ -118,6 +118,8 @@ def load(
             )
             sets.append(pictures)
             sizing = sizing._replace(levels=sets[0].levels)
+    elif Path(data).is_file():
+        raise DataError(f"{data}: a file, where a folder of pictures is wanted; if it is an archive, unpack it first")
     else:
         raise DataError(f"no data '{data}': neither cifar10 nor shapes nor a folder of pictures")
     for pictures in sets:

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -216,9 +217,8 @@ def read_text(path: Path) -> str:
     Raises OSError, ValueError for another encoding.
     """
     content = path.read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        text = content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:  # as UTF-16 without a mark has it, and UTF-32
@@ -232,14 +232,12 @@ def read_text(path: Path) -> str:
 def check_flags(script: str, parse: Callable[[list[str] | None], object]) -> None:
     """End the program if its flags ask for help or are wrong.
 
-    Scripts call this before they import PyTorch, which takes seconds. Their main() parses the flags again.
+    Scripts call this before they import PyTorch, which takes seconds; Ctrl-C ends that. main() parses the flags again.
     """
-
-    def check(argv: list[str] | None) -> None:
-        parse(argv)
-
-    if status := run_script(script, check):
+    if status := run_script(script, lambda argv: parse(argv) and None):
         exit_script(status)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback, until run_script
 
 
 def run_script(
@@ -250,6 +248,8 @@ def run_script(
     `interrupted` is what to say after Ctrl-C.
     """
     log.setLevel(logging.INFO)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # from check_flags
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for names with letters that the terminal's encoding lacks
     try:

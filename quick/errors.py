@@ -96,7 +96,7 @@ def reason(error: BaseException, most: int = 200) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or PyTorch says that there was not enough memory, on whichever device."""
-    words = r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
+    words = r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|could not create a (primitive|memory)$"
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
 
 

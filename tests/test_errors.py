@@ -44,6 +44,8 @@ def test_the_nearest_name_is_suggested_or_none():
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate 2 GB"), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("could not create a primitive"), True),  # oneDNN
+        (RuntimeError("could not create a primitive descriptor for a convolution forward"), False),
         (RuntimeError("dataloader's workers are out of shared memory"), False),
         (ValueError("out of memory"), False),
     ],

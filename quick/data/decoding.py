@@ -30,6 +30,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of pictures' names
 ENDINGS += (".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".heic", ".heif")
 HEIC = re.compile(rb"....ftyp(?!.*avif).*(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)  # ISO/IEC 23008-12, annex B
+ARCHIVE = re.compile(rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf")  # how .zip, .gz, .rar and .7z begin
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how such files begin
 PNG_CHUNKS = (b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"tIME")  # that no pixel depends on
@@ -176,8 +177,10 @@ def open_picture(source: str | Path | BinaryIO) -> Image.Image:
             file.seek(0)
             start = file.read(64)
         if not HEIC.match(start):
-            is_empty = not start and isinstance(source, str | Path)
-            raise DataError("empty file" if is_empty else "not a picture that Pillow can read") from error
+            if not start and isinstance(source, str | Path):
+                raise DataError("empty file") from error
+            what = "an archive; unpack it first" if ARCHIVE.match(start) else "not a picture that Pillow can read"
+            raise DataError(what) from error
         try:
             import pillow_heif
         except ImportError:

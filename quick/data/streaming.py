@@ -99,8 +99,10 @@ def decode_files(names: Sequence[str], sizing: Sizing, group: Group = ALONE) -> 
 
 
 def leave_signals_to_parent(_: int) -> None:
-    """In a worker: leave Ctrl-C, and a SIGTERM to all processes, to the process that it works for, which ends it."""
+    """In a worker: leave signals to all processes (Ctrl-C, a closed terminal, SIGTERM) to the one that it works for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 

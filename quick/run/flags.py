@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from quick.choices import PRECISIONS
-from quick.cli import Parser
+from quick.cli import Parser, flag
 from quick.data.augment import Augment
 from quick.data.source import LOADED
 from quick.run.config import parse_config
@@ -56,14 +56,19 @@ def parse_model(argv: list[str] | None = None) -> tuple[Config, argparse.Namespa
             "python model.py --checkpoint logs/RUN/best.pt --export net.onnx",
         ),
     )
-    parser.add_argument("--classes", type=int, default=10, metavar="N", help="number of classes (default: 10)")
+    parser.add_argument("--classes", type=int, metavar="N", help="number of classes (default: 10)")
     parser.add_argument("--log-dir", metavar="FOLDER", help="folder in which TensorBoard finds the network's graph")
     parser.add_argument("--list", action="store_true", help="name all networks")
     parser.add_argument("--checkpoint", metavar="FILE", help="tell what this checkpoint holds")
     parser.add_argument(
         "--export", type=Path, metavar="OUT", help="write the checkpoint as .pt2 (torch.export) or .onnx"
     )
-    config, _, args = parse_config(parser, argv, BUILDING)
+    config, given, args = parse_config(parser, argv, BUILDING)
+    given |= {name: value for name, value in vars(args).items() if name in ("classes", "log_dir") and value is not None}
+    mode = "--checkpoint" if args.checkpoint else "--list"
+    if given and (args.checkpoint or args.list):
+        parser.error(f"{flag(next(iter(given)))} does nothing with {mode}; leave it out")
+    args.classes = 10 if args.classes is None else args.classes
     if args.export and not args.checkpoint:
         parser.error("--export: give --checkpoint FILE too")
     return config, args

@@ -1,8 +1,9 @@
-"""Ctrl-C, SIGTERM and the time limit: when a run shall stop, which all of its processes agree on."""
+"""Ctrl-C, SIGTERM, a closed terminal and the time limit: when a run shall stop, which all of its processes agree on."""
 
 import contextlib
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -13,15 +14,17 @@ from quick.processes import Group
 
 VOTE_SECONDS = 0.5  # between two votes of several processes
 ECHO_SECONDS = 5  # under torchrun, a second signal within this time is the first one once more
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class StopVote:
     """Whether the run should stop here; asked after each step, and before each batch of an evaluation.
 
-    Inside of `with stop:` Ctrl-C and SIGTERM are wishes to stop, and a second one ends the program at once. The time
-    limit (`minutes` after `start`, which is a time.perf_counter()) is a wish too. The processes of a group vote about
-    twice a second, and agree on the steps at which they vote: a vote at each step would take a tenth of the time of
-    small steps.
+    Inside of `with stop:` Ctrl-C, SIGTERM and SIGHUP, which comes when a terminal is closed or its connection is lost,
+    are wishes to stop, and a second one ends the program at once. Where SIGHUP is ignored, as nohup has it, it stays
+    so. The time limit (`minutes` after `start`, which is a time.perf_counter()) is a wish too. The processes of a group
+    vote about twice a second, and agree on the steps at which they vote: a vote at each step would take a tenth of the
+    time of small steps.
     """
 
     def __init__(self, group: Group, minutes: float, start: float):
@@ -37,9 +40,10 @@ class StopVote:
     def __enter__(self) -> "StopVote":
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python delivers no signals
-            self.handlers = {
-                number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if SIGHUP and signal.getsignal(SIGHUP) != signal.SIG_IGN:
+                numbers.append(SIGHUP)
+            self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,6 +51,8 @@ class StopVote:
             signal.signal(number, handler)
 
     def on_signal(self, number: int, _: object) -> None:
+        if number == SIGHUP:
+            leave_terminal()
         if self.signalled:
             # torchrun sends a signal on to processes that have got it already.
             if "RANK" in os.environ and time.monotonic() < self.signalled + ECHO_SECONDS:
@@ -86,6 +92,15 @@ class StopVote:
         self.next_vote = self.steps + (max(1, int(pause)) if self.group.size > 1 else 1)
         self.by_signal, self.by_time = bool(by_signal), bool(by_time)
         return self.by_signal or self.by_time
+
+
+def leave_terminal() -> None:
+    """Print nothing any more where output went to a terminal: it may be gone, and to print would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # it is closed
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
 
 
 def program_start() -> float:

@@ -43,12 +43,54 @@ def clock(monkeypatch) -> list[float]:
 
 
 def test_signals_are_given_back():
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM, *([stopping.SIGHUP] if stopping.SIGHUP else [])]
     before = [signal.getsignal(number) for number in numbers]
     with StopVote(Group(), 0, 0.0) as stop:
-        assert [signal.getsignal(number) for number in numbers] == [stop.on_signal] * 2
+        assert [signal.getsignal(number) for number in numbers] == [stop.on_signal] * len(numbers)
         assert not stop.asked()
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows sends no SIGHUP")
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopVote(Group(), 0, 0.0):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.expensive
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+@pytest.mark.parametrize("flags", [[], ["--workers", "1", "--memory-share", "0"]])
+def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(flags, tmp_path, colour_folder, capsys):
+    import pty
+
+    command = [
+        "train.py",
+        "--data",
+        str(colour_folder),
+        "--config",
+        "configs/shapes.toml",
+        "--lr",
+        "0.01",
+        "--no-views",
+    ]
+    command += ["--epochs", "1000", "--batch-size", "8", "--device", "cpu", "--log-dir", str(tmp_path), *flags]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, *command, "--run-name", "a"])
+    seen = b""
+    while b" 3/1000" not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    step = torch.load(tmp_path / "a" / "interrupted.pt", weights_only=True)["training"]["step"]
+    assert train.cli(["--resume", str(tmp_path / "a"), "--time-limit", "0.00001"]) == 0
+    assert "goes on in epoch" in capsys.readouterr().err and step > 10
 
 
 def test_what_torchrun_sends_on_is_the_same_signal(monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -69,6 +70,22 @@ def test_help_and_wrong_flags_are_answered_before_pytorch_is_loaded():
     assert done.returncode == 0, done.stderr
     said = [line.partition("; did you mean ")[0] for line in done.stderr.splitlines()]
     assert said == [f"{name}.py: unknown flag --epoch" for name in ("device", "datasets", "model", "train", "predict")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_ctrl_c_while_pytorch_is_loaded_ends_without_a_traceback():
+    code = """if True:
+        import os, runpy, signal, sys
+        class CtrlC:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, CtrlC())
+        sys.argv = ["train.py"]
+        runpy.run_path("train.py", run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_no_script_works_on_import_and_predicting_loads_no_more_than_it_needs(colour_run, tmp_path):

@@ -182,6 +182,7 @@ def test_splits_that_do_not_exist_are_named(tmp_path):
     ("flags", "status", "message"),
     [
         ("--data nowhere", 1, "no data 'nowhere'"),
+        (f"--data {__file__}", 1, "where a folder of pictures is wanted; if it is an archive, unpack it first"),
         ("--data shapes --limit 5", 2, "--limit 5 is below the number of classes, 10"),
         ("--data shapes --limit -1", 2, "--limit: -1 is not at least 0"),
         ("--data shapes --jitter nan", 2, "--jitter: nan is not a finite number"),

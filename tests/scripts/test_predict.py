@@ -592,7 +592,14 @@ def test_patterns_and_the_home_folder_are_filled_in_where_the_shell_did_not(ask,
     assert ask("~/a.png")[1] == ask(pictures / "a.png")[1]
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"", "empty file"), (b"x", "not a picture that Pillow can read")])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"x", "not a picture that Pillow can read"),
+        (b"PK\x03\x04photos", "an archive; unpack it first"),
+    ],
+)
 def test_standard_input_that_is_no_picture(content, reason, ask, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert ask("-") == (1, [], f"predict.py: -: {reason}\n")

@@ -89,6 +89,17 @@ def composed(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
+def cells(text: str) -> int:
+    """How many cells of a terminal a text takes: letters of Chinese, Japanese and Korean two, accents none."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
+
+
+def padded(text: str, width: int) -> str:
+    """The text with spaces behind it, so that it takes `width` cells of a terminal."""
+    return text + " " * (width - cells(text))
+
+
 def reason(error: BaseException, most: int = 200) -> str:
     """What an error says, in one line of at most `most` characters; the name of its class if it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__

@@ -12,7 +12,7 @@ from quick.data.pictures import Pictures
 from quick.data.sizing import PADDING
 from quick.data.stores import Enlarged
 from quick.data.streaming import free_memory
-from quick.errors import printable
+from quick.errors import cells, padded, printable
 
 UNBALANCED = 3  # times as many pictures in the largest class as in the smallest, above which that is said
 MOST_LISTED = 20  # of the pictures without a row in the table of labels, and the rows without a picture
@@ -22,11 +22,11 @@ FLAT = 8  # standard deviation of 0..255, below which there is nothing to see on
 def describe(sets: list[Pictures]) -> str:
     """Pictures a class and split, sizes, memory, copies, empty pictures, and what to paste into a config."""
     classes = sets[0].classes
-    width = max(len(name) for name in [*classes, "class"])
+    width = max(cells(name) for name in [*classes, "class"])
     lines = [f"{'class':{width}}" + "".join(f"{pictures.split:>10}" for pictures in sets)]
     counts = [torch.bincount(pictures.labels.cpu(), minlength=len(classes)).tolist() for pictures in sets]
     for name, *of_class in zip(classes, *counts, strict=True):
-        lines.append(f"{name:{width}}" + "".join(f"{count:>10,}" for count in of_class))
+        lines.append(padded(name, width) + "".join(f"{count:>10,}" for count in of_class))
     lines.append(f"{'total':{width}}" + "".join(f"{len(pictures):>10,}" for pictures in sets))
 
     sizes = sorted({size for pictures in sets for size in pictures.file_sizes}, key=math.prod)

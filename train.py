@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
         if device.type == "cuda" and inputs[0].store.pixels:  # no convolution works on features
             with autocast(device, precision):
-                warm_up(state, inputs, config)
+                warm_up(state, inputs[0], config)
 
         # The epochs. An epoch is saved last: a run that is killed before that repeats it when it is resumed.
         with StopVote(group, config.time_limit, began) as stop:

@@ -183,7 +183,7 @@ def test_a_run_of_the_hardest_pictures_and_its_resumption_stay_on_the_device(fak
     flags = ["--config", "configs/fast.toml", "--epochs", "4", "--tta", "mirror"]
     state, config, pictures = a_run(flags, fake_gpu, in_memory(fake_gpu))
     with Zeros():
-        warm_up(state, [pictures, pictures], config)
+        warm_up(state, pictures, config)
         for _ in range(3):  # the third is of the hardest
             metrics = train_epoch(state, pictures, config, NoBoard(), StopVote(ALONE, 0, 0))
             metrics |= {"test_loss": 0.0, "test_accuracy": 0.0}

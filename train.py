@@ -48,7 +48,7 @@ LOG_STEPS = 100  # between two points of the training curves
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as these flags say; returns the exit status: 0, or 130 when Ctrl-C or SIGTERM stopped it."""
+    """Train as these flags say; returns the exit status: 0, or 130 when a signal such as Ctrl-C stopped it."""
     began = program_start()
     config, given, args = parse_train(argv)
     resume = args.resume  # what run to go on with, or None
@@ -101,12 +101,11 @@ def main(argv: list[str] | None = None) -> int:
                 show_start(run.board, network, run.header["config"], split=sets[1].split)
                 show_epoch(run.board, network, sets, config)
 
-        if device.type == "cuda" and inputs[0].store.pixels:  # no convolution works on features
-            with autocast(device, precision):
-                warm_up(state, inputs[0], config)
-
         # The epochs. An epoch is saved last: a run that is killed before that repeats it when it is resumed.
         with StopVote(group, config.time_limit, began) as stop:
+            if device.type == "cuda" and inputs[0].store.pixels:  # no convolution works on features
+                with autocast(device, precision):
+                    warm_up(state, inputs[0], config)
             try:
                 while not state.history.ended_by(config):
                     metrics = train_epoch(state, inputs[0], config, run.board, stop)

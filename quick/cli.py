@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -232,12 +231,13 @@ def read_text(path: Path) -> str:
 def check_flags(script: str, parse: Callable[[list[str] | None], object]) -> None:
     """End the program if its flags ask for help or are wrong.
 
-    Scripts call this before they import PyTorch, which takes seconds; Ctrl-C ends that. main() parses the flags again.
+    Scripts call this before they import PyTorch, which takes seconds, and which Ctrl-C then ends without a traceback.
+    main() parses the flags again.
     """
     if status := run_script(script, lambda argv: parse(argv) and None):
         exit_script(status)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback, until run_script
+    usual = sys.excepthook
+    sys.excepthook = lambda kind, *more: kind is KeyboardInterrupt or usual(kind, *more)
 
 
 def run_script(
@@ -248,8 +248,6 @@ def run_script(
     `interrupted` is what to say after Ctrl-C.
     """
     log.setLevel(logging.INFO)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # from check_flags
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for names with letters that the terminal's encoding lacks
     try:

@@ -90,9 +90,9 @@ def composed(text: str) -> str:
 
 
 def cells(text: str) -> int:
-    """How many cells of a terminal a text takes: letters of Chinese, Japanese and Korean two, accents none."""
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
+    """How many cells of a terminal a text takes: letters of Chinese, Japanese and Korean two, marks at letters none."""
+    seen = [letter for letter in text if unicodedata.category(letter) not in ("Mn", "Me", "Cf")]
+    return len(seen) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in seen)
 
 
 def padded(text: str, width: int) -> str:
@@ -107,7 +107,7 @@ def reason(error: BaseException, most: int = 200) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or PyTorch says that there was not enough memory, on whichever device."""
-    words = r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|could not create a (primitive|memory)$"
+    words = r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|could not create a memory"
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
 
 

@@ -179,8 +179,8 @@ def open_picture(source: str | Path | BinaryIO) -> Image.Image:
         if not HEIC.match(start):
             if not start and isinstance(source, str | Path):
                 raise DataError("empty file") from error
-            what = "an archive; unpack it first" if ARCHIVE.match(start) else "not a picture that Pillow can read"
-            raise DataError(what) from error
+            hint = "; if it is an archive, unpack it first" if ARCHIVE.match(start) else ""
+            raise DataError(f"not a picture that Pillow can read{hint}") from error
         try:
             import pillow_heif
         except ImportError:

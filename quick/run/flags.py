@@ -64,10 +64,11 @@ def parse_model(argv: list[str] | None = None) -> tuple[Config, argparse.Namespa
         "--export", type=Path, metavar="OUT", help="write the checkpoint as .pt2 (torch.export) or .onnx"
     )
     config, given, args = parse_config(parser, argv, BUILDING)
-    given |= {name: value for name, value in vars(args).items() if name in ("classes", "log_dir") and value is not None}
-    mode = "--checkpoint" if args.checkpoint else "--list"
-    if given and (args.checkpoint or args.list):
-        parser.error(f"{flag(next(iter(given)))} does nothing with {mode}; leave it out")
+    mode, more = ("list", ("checkpoint", "export")) if args.list else ("checkpoint", ())
+    given |= {name: getattr(args, name) for name in ("config", "classes", "log_dir", *more)}
+    idle = [flag(name, False if value is False else None) for name, value in given.items() if value is not None]
+    if idle and getattr(args, mode):
+        parser.error(f"{idle[0]} does nothing with --{mode}; leave it out")
     args.classes = 10 if args.classes is None else args.classes
     if args.export and not args.checkpoint:
         parser.error("--export: give --checkpoint FILE too")

@@ -164,8 +164,12 @@ class RunFolder:
                         remove(path)
                 self.unsaved = {name: why for name, why in self.unsaved.items() if epoch_of(name, epoch) > epoch - keep}
         if sys.stdout:  # else it is closed
-            tqdm.write(line)  # above the bar of the epoch in progress
-            sys.stdout.flush()
+            try:
+                tqdm.write(line)  # above the bar of the epoch in progress
+                sys.stdout.flush()
+            except OSError as error:
+                if error.errno != errno.EIO:  # a terminal that was closed; then SIGHUP follows
+                    raise
 
     def save_interrupted(self, state: TrainState) -> None:
         """Save a run in the middle of an epoch, and print how to go on."""

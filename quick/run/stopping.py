@@ -21,10 +21,10 @@ class StopVote:
     """Whether the run should stop here; asked after each step, and before each batch of an evaluation.
 
     Inside of `with stop:` Ctrl-C, SIGTERM and SIGHUP, which comes when a terminal is closed or its connection is lost,
-    are wishes to stop, and a second one ends the program at once. Where SIGHUP is ignored, as nohup has it, it stays
-    so. The time limit (`minutes` after `start`, which is a time.perf_counter()) is a wish too. The processes of a group
-    vote about twice a second, and agree on the steps at which they vote: a vote at each step would take a tenth of the
-    time of small steps.
+    are wishes to stop, and a second one, but SIGHUP, ends the program at once. Where SIGHUP is ignored, as nohup has
+    it, it stays so. The time limit (`minutes` after `start`, which is a time.perf_counter()) is a wish too. The
+    processes of a group vote about twice a second, and agree on the steps at which they vote: a vote at each step would
+    take a tenth of the time of small steps.
     """
 
     def __init__(self, group: Group, minutes: float, start: float):
@@ -54,8 +54,9 @@ class StopVote:
         if number == SIGHUP:
             leave_terminal()
         if self.signalled:
-            # torchrun sends a signal on to processes that have got it already.
-            if "RANK" in os.environ and time.monotonic() < self.signalled + ECHO_SECONDS:
+            # A closed terminal often sends SIGHUP twice, by the shell and by the system; and torchrun sends a signal on
+            # to processes that have got it already.
+            if number == SIGHUP or ("RANK" in os.environ and time.monotonic() < self.signalled + ECHO_SECONDS):
                 return
             raise KeyboardInterrupt
         self.signalled = time.monotonic()

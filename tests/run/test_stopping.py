@@ -62,6 +62,18 @@ def test_nohup_is_heeded():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows sends no SIGHUP")
+@pytest.mark.parametrize("first", ["SIGHUP", "SIGINT", "SIGTERM"])
+def test_a_closed_terminal_never_stops_the_saving(first, monkeypatch):
+    monkeypatch.setattr(stopping, "leave_terminal", lambda: None)
+    with StopVote(Group(), 0, 0.0) as stop:
+        os.kill(os.getpid(), getattr(signal, first))
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked() and stop.by_signal
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.expensive
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
 @pytest.mark.parametrize("flags", [[], ["--workers", "1", "--memory-share", "0"]])
@@ -85,7 +97,9 @@ def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(flags, tmp_pat
         os.execv(sys.executable, [sys.executable, *command, "--run-name", "a"])
     seen = b""
     while b" 3/1000" not in seen:
-        seen += os.read(terminal, 1000)
+        part = os.read(terminal, 1000)
+        assert part, seen
+        seen += part
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
     step = torch.load(tmp_path / "a" / "interrupted.pt", weights_only=True)["training"]["step"]

@@ -80,6 +80,7 @@ def test_ctrl_c_while_pytorch_is_loaded_ends_without_a_traceback():
             def find_spec(self, name, *_):
                 if name == "torch":
                     os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.meta_path.insert(0, CtrlC())
         sys.argv = ["train.py"]
         runpy.run_path("train.py", run_name="__main__")

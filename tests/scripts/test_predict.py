@@ -597,7 +597,7 @@ def test_patterns_and_the_home_folder_are_filled_in_where_the_shell_did_not(ask,
     [
         (b"", "empty file"),
         (b"x", "not a picture that Pillow can read"),
-        (b"PK\x03\x04photos", "an archive; unpack it first"),
+        (b"PK\x03\x04x", "not a picture that Pillow can read; if it is an archive, unpack it first"),
     ],
 )
 def test_standard_input_that_is_no_picture(content, reason, ask, monkeypatch):

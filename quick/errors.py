@@ -66,7 +66,7 @@ class Ended(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C, SIGTERM or the time limit asked for an end."""
+    """A signal such as Ctrl-C, or the time limit, asked for an end."""
 
 
 def printable(text: str) -> str:
@@ -89,15 +89,15 @@ def composed(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def cells(text: str) -> int:
-    """How many cells of a terminal a text takes: letters of Chinese, Japanese and Korean two, marks at letters none."""
+def terminal_width(text: str) -> int:
+    """How wide a terminal shows a text: Chinese, Japanese and Korean letters count twice, marks at letters do not."""
     seen = [letter for letter in text if unicodedata.category(letter) not in ("Mn", "Me", "Cf")]
     return len(seen) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in seen)
 
 
 def padded(text: str, width: int) -> str:
-    """The text with spaces behind it, so that it takes `width` cells of a terminal."""
-    return text + " " * (width - cells(text))
+    """The text with spaces behind it, so that a terminal shows it in this width."""
+    return text + " " * (width - terminal_width(text))
 
 
 def reason(error: BaseException, most: int = 200) -> str:

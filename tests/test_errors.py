@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from quick.errors import CallError, Problem, cells, out_of_memory, padded, printable, reason, suggestion
+from quick.errors import CallError, Problem, out_of_memory, padded, printable, reason, suggestion, terminal_width
 
 
 @pytest.mark.parametrize("character", ["\x1b", "\x7f", "\x9b", "\n", "\u2028", "\u202e", "\u2066", "\udce9"])
@@ -60,6 +60,14 @@ def test_numpy_and_pytorch_say_that_memory_ran_out():
         assert out_of_memory(caught.value)
 
 
-def test_a_table_counts_the_cells_of_a_terminal():
-    assert [cells(text) for text in ("abc", "猫", "狗狗 1", "é", "e\u0301", "한국", "เสือ")] == [3, 2, 6, 1, 1, 4, 3]
+def test_a_table_knows_how_wide_a_terminal_shows_its_names():
+    assert [terminal_width(text) for text in ("abc", "猫", "狗狗 1", "é", "e\u0301", "한국", "เสือ")] == [
+        3,
+        2,
+        6,
+        1,
+        1,
+        4,
+        3,
+    ]
     assert [padded(text, 4) for text in ("ab", "猫", "狗狗")] == ["ab  ", "猫  ", "狗狗"]

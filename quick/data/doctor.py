@@ -12,7 +12,7 @@ from quick.data.pictures import Pictures
 from quick.data.sizing import PADDING
 from quick.data.stores import Enlarged
 from quick.data.streaming import free_memory
-from quick.errors import cells, padded, printable
+from quick.errors import padded, printable, terminal_width
 
 UNBALANCED = 3  # times as many pictures in the largest class as in the smallest, above which that is said
 MOST_LISTED = 20  # of the pictures without a row in the table of labels, and the rows without a picture
@@ -22,7 +22,7 @@ FLAT = 8  # standard deviation of 0..255, below which there is nothing to see on
 def describe(sets: list[Pictures]) -> str:
     """Pictures a class and split, sizes, memory, copies, empty pictures, and what to paste into a config."""
     classes = sets[0].classes
-    width = max(cells(name) for name in [*classes, "class"])
+    width = max(terminal_width(name) for name in [*classes, "class"])
     lines = [f"{'class':{width}}" + "".join(f"{pictures.split:>10}" for pictures in sets)]
     counts = [torch.bincount(pictures.labels.cpu(), minlength=len(classes)).tolist() for pictures in sets]
     for name, *of_class in zip(classes, *counts, strict=True):

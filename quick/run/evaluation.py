@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quick.cli import progress_bar
 from quick.data.pictures import Pictures
-from quick.errors import cells, padded
+from quick.errors import padded, terminal_width
 from quick.nets import losses
 from quick.processes import ALONE, Group
 
@@ -128,7 +128,7 @@ def print_evaluation(result: dict, classes: list[str], metrics: Iterable[str]) -
         right = "" if sure["accuracy"] is None else f", {sure['accuracy']:.1%} of them right"
         print(f"sure, {sure['at_least']:.6g} or more: {sure['share']:.1%} of the pictures{right}")
     print()
-    width = max(map(cells, [*classes, "class", "mean"]))
+    width = max(map(terminal_width, [*classes, "class", "mean"]))
     cell = max(5, len(str(max(map(max, result["confusion"])))) + 1)
     digits = max(2, len(str(len(classes) - 1)))
     numbers = "".join(f"{index:>{cell}}" for index in range(len(classes)))

@@ -102,6 +102,7 @@ def leave_terminal() -> None:
         with contextlib.suppress(OSError):  # it is closed
             if stat.S_ISCHR(os.fstat(stream).st_mode):
                 os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def program_start() -> float:

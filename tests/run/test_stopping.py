@@ -80,17 +80,10 @@ def test_a_closed_terminal_never_stops_the_saving(first, monkeypatch):
 def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(flags, tmp_path, colour_folder, capsys):
     import pty
 
-    command = [
-        "train.py",
-        "--data",
-        str(colour_folder),
-        "--config",
-        "configs/shapes.toml",
-        "--lr",
-        "0.01",
-        "--no-views",
-    ]
-    command += ["--epochs", "1000", "--batch-size", "8", "--device", "cpu", "--log-dir", str(tmp_path), *flags]
+    command = (
+        "train.py --config configs/shapes.toml --lr 0.01 --no-views --epochs 1000 --batch-size 8 --device cpu".split()
+    )
+    command += ["--data", str(colour_folder), "--log-dir", str(tmp_path), *flags]
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(ROOT)
